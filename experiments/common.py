@@ -1,0 +1,190 @@
+"""What the experiments share: flags, a run's configuration and its name, training, and files."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow is imported: its start-up notes are not results.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags, logging
+
+import tf_prune
+from experiments import datasets, models
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes. Its defaults are the main job.
+
+    A field that is added later must have the default that changes nothing, so that older runs keep their names.
+    """
+
+    method: str = "force"
+    sparsity: float = 0.95
+    model: str = "digits_convnet"
+    dataset: str = "digits"
+    epochs: int = 20
+    seed: int = 0
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    weight_decay: float = 5e-4
+    score_batches: int = 10
+    num_steps: int = 60
+    scope: str = "global"
+
+    @property
+    def name(self) -> str:
+        """What the run is, readable, and a hash of what differs from the defaults."""
+        changed = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.model}-{self.dataset}-{self.method}-{self.sparsity:g}-seed{self.seed}-{digest}"
+
+
+METHODS = ("dense", *tf_prune.METHODS)
+
+
+_HELP = {
+    "method": "How to prune; 'dense' does not.",
+    "sparsity": "Fraction of the prunable weights to remove, in [0, 1).",
+    "model": "The network.",
+    "dataset": "What it is trained on.",
+    "epochs": "Of training, after pruning.",
+    "seed": "Of the initial weights, of the order of the data and of random pruning.",
+    "batch_size": "Of training and of scoring.",
+    "learning_rate": "At the start; it falls to 0 along a cosine.",
+    "weight_decay": "Decoupled, of SGD with momentum 0.9.",
+    "score_batches": "Batches for scoring: averaged by one-shot methods, one a step by iterative ones.",
+    "num_steps": "Steps of FORCE and of iterative SNIP.",
+    "scope": "Rank all weights together, or within each layer.",
+}
+_CHOICES = {"method": METHODS, "model": tuple(models.MODELS), "dataset": datasets.DATASETS, "scope": tf_prune.SCOPES}
+
+
+def _define_flags() -> None:
+    """One flag for each field of `Config`. Defined here, once: two binaries may be imported into one process."""
+    for field in dataclasses.fields(Config):
+        if field.name in _CHOICES:
+            flags.DEFINE_enum(field.name, field.default, _CHOICES[field.name], _HELP[field.name])
+        elif isinstance(field.default, int):
+            flags.DEFINE_integer(field.name, field.default, _HELP[field.name])
+        else:
+            flags.DEFINE_float(field.name, field.default, _HELP[field.name])
+
+
+_define_flags()
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets; its own default if not given.")
+OUTPUT_DIR = flags.DEFINE_string("output_dir", "results", "Where results are written.")
+
+
+def config_of_flags() -> Config:
+    """The configuration that the command line asks for."""
+    return Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+
+
+def method_of(config: Config) -> Any:
+    """The pruning method that the configuration names."""
+    if config.method in ("force", "iterative_snip"):
+        return tf_prune.METHODS[config.method](num_steps=config.num_steps)
+    if config.method == "random":
+        return tf_prune.Random(config.seed)
+    return tf_prune.METHODS[config.method]()
+
+
+def batches(data: datasets.Dataset, config: Config) -> tf.data.Dataset:
+    """The training data, shuffled by the seed; CIFAR's images shifted by up to 4 pixels and flipped."""
+    dataset = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
+    dataset = dataset.shuffle(len(data.x_train), seed=config.seed).batch(config.batch_size)
+    if data.augment:
+        augment = keras.Sequential([keras.layers.RandomFlip("horizontal"), keras.layers.RandomCrop(*data.input_shape[:2])])
+        padding = [[0, 0], [4, 4], [4, 4], [0, 0]]
+        dataset = dataset.map(lambda x, y: (augment(tf.pad(x, padding), training=True), y), num_parallel_calls=2)
+    return dataset.prefetch(2)
+
+
+def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[keras.Model, dict[str, Any]]:
+    """Builds the model, prunes it unless the method is `dense`, trains it, and tests it after the last epoch.
+
+    The same seed gives the same initial weights and the same order of the data for every method.
+    """
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(config.seed)
+    model = models.build(config.model, data.input_shape, data.num_classes)
+    steps = config.epochs * -(-len(data.x_train) // config.batch_size)
+    model.compile(
+        keras.optimizers.SGD(
+            keras.optimizers.schedules.CosineDecay(config.learning_rate, max(steps, 1)),
+            momentum=0.9,
+            weight_decay=config.weight_decay,
+        ),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    training = batches(data, config)
+    callbacks = []
+    if config.method != "dense":
+        # Read once: the data is shuffled anew at each pass, and scores must not depend on how often it is read.
+        scoring = list(training.take(config.score_batches))
+        callbacks.append(
+            tf_prune.PruneBeforeTraining(
+                method_of(config), config.sparsity, scoring, scope=config.scope, verbose=verbose
+            )
+        )
+    history = model.fit(training, epochs=config.epochs, callbacks=callbacks, shuffle=False, verbose=0)
+    loss, accuracy = model.evaluate(data.x_test, data.y_test, batch_size=500, verbose=0)
+    kernels = tf_prune.find_prunable(model).prunable.values()
+    zeros = sum(int(np.count_nonzero(np.asarray(kernel) == 0)) for kernel in kernels)
+    results = {
+        "accuracy": float(accuracy),
+        "loss": float(loss),
+        "train_loss": float(history.history["loss"][-1]) if config.epochs else None,
+        "sparsity": zeros / sum(int(np.prod(kernel.shape)) for kernel in kernels),
+        "emptied": list(callbacks[0].report.emptied) if callbacks else [],
+    }
+    return model, results
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the figures."""
+    return {
+        "python": sys.version.split()[0],
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "tf_prune": tf_prune.__version__,
+    }
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes whole or not at all, so that an interrupted run leaves no half of a result."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(file)
+
+
+def start(main: Callable[[], None]) -> None:
+    """Starts a binary; what the user can mend is said in one sentence, without a traceback."""
+
+    logging.set_verbosity(logging.WARNING)
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected arguments {argv[1:]}; flags are written --name=value")
+        try:
+            main()
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+    app.run(guarded)

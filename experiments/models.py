@@ -1,0 +1,144 @@
+"""The networks that the papers prune, each a function `(input_shape, num_classes) -> keras.Model`.
+
+Every network returns logits, so that a loss is `from_logits=True`. Convolutions with stride 2 pad
+by one pixel on every side, as the papers' own code does (Keras's `"same"` would pad one side only).
+
+>>> build("lenet_300_100", (28, 28, 1), 10).count_params()
+266610
+"""
+
+from collections.abc import Callable, Sequence
+
+import keras
+from keras import layers
+
+# He et al. 2015, untruncated: what "Kaiming normal" means in GraSP, appendix, and in FORCE, appendix A.
+HE_NORMAL = {
+    "class_name": "VarianceScaling",
+    "config": {"scale": 2.0, "mode": "fan_in", "distribution": "untruncated_normal"},
+}
+
+
+def _he_normal() -> keras.initializers.Initializer:
+    return keras.initializers.get(HE_NORMAL)
+
+
+def lenet_300_100(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """LeNet-300-100: 266,200 prunable weights on MNIST (Lee et al. 2019; LeCun-normal as there)."""
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Flatten(),
+            layers.Dense(300, "relu", kernel_initializer="lecun_normal"),
+            layers.Dense(100, "relu", kernel_initializer="lecun_normal"),
+            layers.Dense(num_classes, kernel_initializer="lecun_normal"),
+        ],
+        name="lenet_300_100",
+    )
+
+
+def lenet_5_caffe(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """LeNet-5-Caffe: 430,500 prunable weights on MNIST; no activation after the convolutions, as in Caffe."""
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Conv2D(20, 5, kernel_initializer="lecun_normal"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(50, 5, kernel_initializer="lecun_normal"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(500, "relu", kernel_initializer="lecun_normal"),
+            layers.Dense(num_classes, kernel_initializer="lecun_normal"),
+        ],
+        name="lenet_5_caffe",
+    )
+
+
+def _conv_bn(x, filters: int, kernel_size: int = 3, strides: int = 1, activation: bool = True):
+    if strides > 1 and kernel_size > 1:
+        x = layers.ZeroPadding2D(kernel_size // 2)(x)
+    x = layers.Conv2D(
+        filters,
+        kernel_size,
+        strides,
+        padding="valid" if strides > 1 else "same",
+        use_bias=False,
+        kernel_initializer=_he_normal(),
+    )(x)
+    # PyTorch's BatchNorm, which all papers use: momentum 0.1 of the new value, epsilon 1e-5.
+    x = layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
+    return layers.ReLU()(x) if activation else x
+
+
+def vgg19(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """VGG-19 with batch normalization and one dense layer: 20,024,000 prunable weights on CIFAR-10."""
+    x = inputs = keras.Input(input_shape)
+    for stage, widths in enumerate(([64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4)):
+        if stage > 0:
+            x = layers.MaxPooling2D(2)(x)
+        for filters in widths:
+            x = _conv_bn(x, filters)
+    x = layers.AveragePooling2D(2)(x)
+    x = layers.Flatten()(x)
+    outputs = layers.Dense(num_classes, kernel_initializer=_he_normal())(x)
+    return keras.Model(inputs, outputs, name="vgg19")
+
+
+def _residual_block(x, filters: int, strides: int):
+    shortcut = x
+    y = _conv_bn(x, filters, strides=strides)
+    y = _conv_bn(y, filters, activation=False)
+    if strides != 1 or x.shape[-1] != filters:
+        shortcut = _conv_bn(x, filters, kernel_size=1, strides=strides, activation=False)
+    return layers.ReLU()(layers.Add()([y, shortcut]))
+
+
+def _resnet(input_shape, num_classes, widths, blocks, name) -> keras.Model:
+    inputs = keras.Input(input_shape)
+    x = _conv_bn(inputs, widths[0])
+    for stage, filters in enumerate(widths):
+        for block in range(blocks):
+            x = _residual_block(x, filters, strides=2 if stage > 0 and block == 0 else 1)
+    x = layers.GlobalAveragePooling2D()(x)
+    outputs = layers.Dense(num_classes, kernel_initializer=_he_normal())(x)
+    return keras.Model(inputs, outputs, name=name)
+
+
+def resnet32x2(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """ResNet-32 of doubled width (32, 64, 128): 1,855,584 prunable weights on CIFAR-10 (GraSP, section 5)."""
+    return _resnet(input_shape, num_classes, (32, 64, 128), 5, "resnet32x2")
+
+
+def resnet8(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """The same residual network with one block a stage and widths 16, 32, 64: for two CPU cores."""
+    return _resnet(input_shape, num_classes, (16, 32, 64), 1, "resnet8")
+
+
+def digits_convnet(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """A small convolutional network for 8x8 images, with batch normalization: 60,192 prunable weights."""
+    x = inputs = keras.Input(input_shape)
+    x = _conv_bn(x, 16)
+    x = _conv_bn(x, 32)
+    x = layers.MaxPooling2D()(x)
+    x = _conv_bn(x, 64)
+    x = _conv_bn(x, 64)
+    x = layers.GlobalAveragePooling2D()(x)
+    outputs = layers.Dense(num_classes, kernel_initializer=_he_normal())(x)
+    return keras.Model(inputs, outputs, name="digits_convnet")
+
+
+MODELS: dict[str, Callable[[Sequence[int], int], keras.Model]] = {
+    "digits_convnet": digits_convnet,
+    "lenet_300_100": lenet_300_100,
+    "lenet_5_caffe": lenet_5_caffe,
+    "resnet8": resnet8,
+    "resnet32x2": resnet32x2,
+    "vgg19": vgg19,
+}
+
+
+def build(name: str, input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """Builds the network called `name`; a new draw of its weights each time (seed with `keras.utils.set_random_seed`)."""
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}. Expected one of {', '.join(MODELS)}.")
+    return MODELS[name](tuple(input_shape), num_classes)

@@ -1,0 +1,38 @@
+"""Pruning for Keras 3: before, during or after training; masks that hold; checked exports."""
+
+from importlib.metadata import version as _version
+
+from tf_prune.callbacks import ForcePruning as ForcePruning
+from tf_prune.callbacks import GraspPruning as GraspPruning
+from tf_prune.callbacks import IterativeSnipPruning as IterativeSnipPruning
+from tf_prune.callbacks import MagnitudePruning as MagnitudePruning
+from tf_prune.callbacks import PruneBeforeTraining as PruneBeforeTraining
+from tf_prune.callbacks import RandomPruning as RandomPruning
+from tf_prune.callbacks import SnipPruning as SnipPruning
+from tf_prune.callbacks import SynflowPruning as SynflowPruning
+from tf_prune.criteria import SNIP as SNIP
+from tf_prune.criteria import GraSP as GraSP
+from tf_prune.criteria import Magnitude as Magnitude
+from tf_prune.criteria import Random as Random
+from tf_prune.criteria import SynapticFlow as SynapticFlow
+from tf_prune.enforcement import apply_masks as apply_masks
+from tf_prune.enforcement import masks_of as masks_of
+from tf_prune.enforcement import remove_masks as remove_masks
+from tf_prune.exporting import ExportError as ExportError
+from tf_prune.exporting import ExportReport as ExportReport
+from tf_prune.exporting import export as export
+from tf_prune.masks import SCOPES as SCOPES
+from tf_prune.masks import Masks as Masks
+from tf_prune.masks import check_sparsity as check_sparsity
+from tf_prune.masks import masks_from_scores as masks_from_scores
+from tf_prune.prunable import find_prunable as find_prunable
+from tf_prune.pruning import FORCE as FORCE
+from tf_prune.pruning import METHODS as METHODS
+from tf_prune.pruning import Iterative as Iterative
+from tf_prune.pruning import IterativeSNIP as IterativeSNIP
+from tf_prune.pruning import PruningReport as PruningReport
+from tf_prune.pruning import SynFlow as SynFlow
+from tf_prune.pruning import prune as prune
+from tf_prune.pruning import score as score
+
+__version__ = _version("tf_prune")

@@ -1,0 +1,188 @@
+"""When to prune in `fit`: callbacks that prune once, before the first step, and let the masks hold."""
+
+from typing import Any
+
+import keras
+
+from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
+from tf_prune.masks import check_sparsity
+from tf_prune.prunable import Filters
+from tf_prune.pruning import FORCE, IterativeSNIP, Method, PruningReport, SynFlow, prune
+
+
+class PruneBeforeTraining(keras.callbacks.Callback):
+    """Prunes the model once, when `fit` begins; every step after it keeps the masks.
+
+    A second `fit` with the same callback object does not prune again.
+
+    Args:
+        method: As in `tf_prune.prune`.
+        sparsity: Fraction in [0, 1) to remove.
+        data: An `(x, y)` batch or an iterable of them, for methods that need examples.
+        loss: Defaults to the compiled loss.
+        scope: `"global"` or `"layerwise"`.
+        filters: Which layers; see `find_prunable`.
+        verbose: 0 is silent, 1 shows a progress bar while an iterative method runs.
+
+    Attributes:
+        report: The `PruningReport`, or `None` before the first `fit`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        sparsity: float,
+        data: Any = None,
+        loss: Any = None,
+        *,
+        scope: str = "global",
+        filters: Filters = None,
+        verbose: int = 1,
+    ):
+        super().__init__()
+        self.method = method
+        self.sparsity = check_sparsity(sparsity)
+        self.data = data
+        self.loss = loss
+        self.options = {"scope": scope, "filters": filters, "verbose": verbose}
+        self.report: PruningReport | None = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Prunes, the first time."""
+        if self.report is None:
+            self.report = prune(self.model, self.method, self.sparsity, self.data, self.loss, **self.options)
+
+
+class SnipPruning(PruneBeforeTraining):
+    """`SNIP` when `fit` begins.
+
+    Args:
+        sparsity: Fraction in [0, 1) to remove.
+        data: An `(x, y)` batch or an iterable of them.
+        **options: Of `PruneBeforeTraining`.
+
+    >>> SnipPruning(sparsity=0.9, data=None).sparsity
+    0.9
+    """
+
+    def __init__(self, sparsity: float, data: Any, **options: Any):
+        super().__init__(SNIP(), sparsity, data, **options)
+
+
+class GraspPruning(PruneBeforeTraining):
+    """`GraSP` when `fit` begins.
+
+    Args:
+        sparsity: Fraction in [0, 1) to remove.
+        data: An `(x, y)` batch or an iterable of them; the paper takes 10 examples of each class.
+        temperature: Divides the logits while scoring.
+        **options: Of `PruneBeforeTraining`.
+
+    >>> GraspPruning(sparsity=0.9, data=None).method.temperature
+    200.0
+    """
+
+    def __init__(self, sparsity: float, data: Any, temperature: float = 200.0, **options: Any):
+        super().__init__(GraSP(temperature), sparsity, data, **options)
+
+
+class ForcePruning(PruneBeforeTraining):
+    """`FORCE` when `fit` begins, with a progress bar over its steps.
+
+    Args:
+        sparsity: Fraction in [0, 1) to remove.
+        data: An iterable of `(x, y)` batches, of which each step takes the next; or one batch.
+        num_steps: How often to score and prune.
+        schedule: `"exponential"` or `"linear"`.
+        num_batches: Batches for each step.
+        **options: Of `PruneBeforeTraining`.
+
+    >>> ForcePruning(sparsity=0.99, data=None, num_steps=10).method.num_steps
+    10
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        data: Any,
+        num_steps: int = 60,
+        schedule: str = "exponential",
+        num_batches: int | None = 1,
+        **options: Any,
+    ):
+        super().__init__(FORCE(num_steps, schedule, num_batches), sparsity, data, **options)
+
+
+class IterativeSnipPruning(PruneBeforeTraining):
+    """`IterativeSNIP` when `fit` begins; takes what `ForcePruning` takes.
+
+    Args:
+        sparsity: Fraction in [0, 1) to remove.
+        data: An iterable of `(x, y)` batches, of which each step takes the next; or one batch.
+        num_steps: How often to score and prune.
+        schedule: `"exponential"` or `"linear"`.
+        num_batches: Batches for each step.
+        **options: Of `PruneBeforeTraining`.
+
+    >>> IterativeSnipPruning(sparsity=0.99, data=None).method.revive
+    False
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        data: Any,
+        num_steps: int = 60,
+        schedule: str = "exponential",
+        num_batches: int | None = 1,
+        **options: Any,
+    ):
+        super().__init__(IterativeSNIP(num_steps, schedule, num_batches), sparsity, data, **options)
+
+
+class SynflowPruning(PruneBeforeTraining):
+    """`SynFlow` when `fit` begins.
+
+    Args:
+        sparsity: Fraction in [0, 1) to remove.
+        num_steps: How often to score and prune.
+        schedule: `"exponential"` or `"linear"`.
+        **options: Of `PruneBeforeTraining`.
+
+    >>> SynflowPruning(sparsity=0.99).method.num_steps
+    100
+    """
+
+    def __init__(self, sparsity: float, num_steps: int = 100, schedule: str = "exponential", **options: Any):
+        super().__init__(SynFlow(num_steps, schedule), sparsity, **options)
+
+
+class MagnitudePruning(PruneBeforeTraining):
+    """`Magnitude` when `fit` begins.
+
+    Args:
+        sparsity: Fraction in [0, 1) to remove.
+        **options: Of `PruneBeforeTraining`.
+
+    >>> MagnitudePruning(sparsity=0.5).sparsity
+    0.5
+    """
+
+    def __init__(self, sparsity: float, **options: Any):
+        super().__init__(Magnitude(), sparsity, **options)
+
+
+class RandomPruning(PruneBeforeTraining):
+    """`Random` when `fit` begins.
+
+    Args:
+        sparsity: Fraction in [0, 1) to remove.
+        seed: Of the scores.
+        **options: Of `PruneBeforeTraining`.
+
+    >>> RandomPruning(sparsity=0.5, seed=3).method.seed
+    3
+    """
+
+    def __init__(self, sparsity: float, seed: int = 0, **options: Any):
+        super().__init__(Random(seed), sparsity, **options)

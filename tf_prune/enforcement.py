@@ -1,0 +1,132 @@
+"""The one place where a mask is held during training.
+
+Keras applies `variable.constraint` inside the optimizer's step, right after the update. Here that
+constraint sets pruned weights to zero, so that every step, every checkpoint and every export has them
+exactly zero, under any optimizer.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from tf_prune.masks import Masks
+from tf_prune.prunable import check_model, find_prunable
+
+
+class _MaskConstraint(keras.constraints.Constraint):
+    """Applies the user's own constraint and then zeroes the pruned weights, and their moving average."""
+
+    def __init__(self, model: keras.Model, variable: keras.Variable):
+        self.inner: Callable[[Any], Any] | None = variable.constraint
+        # A boolean takes a quarter of a float32's memory, and where() gives +0, never -0 or NaN.
+        self.mask = keras.Variable(np.ones(variable.shape, bool), dtype="bool", trainable=False, name="mask")
+        self._model = weakref.ref(model)
+
+    def __call__(self, value: Any) -> Any:
+        # Keras passes the variable itself, whose moving average has just been updated.
+        average = _moving_average(self._model(), value)
+        if average is not None:
+            average.assign(self.masked(average))
+        return self.masked(value if self.inner is None else self.inner(value))
+
+    def masked(self, value: Any) -> Any:
+        value = keras.ops.convert_to_tensor(value)
+        return keras.ops.where(self.mask, value, keras.ops.zeros_like(value))
+
+
+def _moving_average(model: keras.Model | None, variable: Any) -> keras.Variable | None:
+    """The average that `use_ema=True` keeps of this variable, which Keras writes back at the end of `fit`.
+
+    Keras updates it from the unconstrained weights, so it has to be masked by itself.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if optimizer is None or not getattr(optimizer, "use_ema", False) or not optimizer.built:
+        return None
+    averages = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True)
+    return next((average for known, average in averages if known is variable), None)
+
+
+def _check_fits(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> None:
+    unknown = [path for path in masks if path not in variables]
+    if unknown:
+        raise ValueError(
+            f"The masks name {unknown[0]!r}, which is not a prunable variable of this model. It has: {', '.join(variables)}."
+        )
+    for path, mask in masks.items():
+        if mask.shape != tuple(variables[path].shape):
+            raise ValueError(
+                f"The mask of {path!r} has shape {mask.shape}, but the variable has {tuple(variables[path].shape)}."
+            )
+
+
+def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
+    """Zeroes the pruned weights and keeps them zero in everything that trains the model from here on.
+
+    `weight <- where(mask, weight, 0)`, now and after each step of the optimizer. The user's own constraint still
+    applies, before the mask. A mask that the variable already has is replaced; weights of variables that `masks`
+    does not name are left alone. Works before and after `compile`, and after a first `fit`.
+
+    Args:
+        model: A built `keras.Model`.
+        masks: `Masks`, or a mapping of `variable.path` to boolean array.
+
+    Raises:
+        ValueError: If a key or a shape does not fit; nothing is changed then.
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="dense_m")])
+    >>> apply_masks(model, {"dense_m/kernel": np.array([[True, False], [False, False]])})
+    >>> masks_of(model).num_kept
+    1
+    """
+    variables = find_prunable(model).prunable
+    masks = masks if isinstance(masks, Masks) else Masks(masks)
+    _check_fits(variables, masks)
+    is_new = False
+    for path, mask in masks.items():
+        variable = variables[path]
+        if not isinstance(variable.constraint, _MaskConstraint):
+            variable.constraint = _MaskConstraint(model, variable)
+            is_new = True
+        constraint = variable.constraint
+        constraint.mask.assign(mask)
+        variable.assign(constraint.masked(variable))
+    if is_new:
+        _retrace(model)
+
+
+def remove_masks(model: keras.Model) -> None:
+    """Takes the masks off: pruned weights stay zero, and are free to grow again in training.
+
+    Args:
+        model: A built `keras.Model`, with or without masks.
+    """
+    check_model(model)
+    for variable in model.weights:
+        if isinstance(variable.constraint, _MaskConstraint):
+            variable.constraint = variable.constraint.inner
+    _retrace(model)
+
+
+def masks_of(model: keras.Model) -> Masks:
+    """The masks that are attached to the model; empty if there are none.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    return Masks(
+        {
+            path: keras.ops.convert_to_numpy(variable.constraint.mask)
+            for path, variable in find_prunable(model).prunable.items()
+            if isinstance(variable.constraint, _MaskConstraint)
+        }
+    )
+
+
+def _retrace(model: keras.Model) -> None:
+    """A train function that was traced in an earlier `fit` does not know a new constraint: make it anew."""
+    if getattr(model, "train_function", None) is not None:
+        model.make_train_function(force=True)

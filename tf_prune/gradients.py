@@ -1,0 +1,315 @@
+"""First and second derivatives of a model's loss by its weights. The only nested `GradientTape`s."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_prune.batches import Batch, Batches
+
+Arrays = dict[str, np.ndarray]
+Tensors = list[tf.Tensor]
+MaskMapping = Mapping[str, np.ndarray]
+
+_SMALLEST = 1e-37  # of the normal float32 numbers, nearly: the logarithm of a probability stays finite
+
+
+@contextlib.contextmanager
+def _noise_off(model: keras.Model) -> Iterator[None]:
+    """Turns dropout and noise off while a function is traced; batch normalization stays as asked."""
+    changed = []
+    try:
+        for layer in model._flatten_layers():
+            for name in ("rate", "stddev", "dropout", "recurrent_dropout"):
+                value = getattr(layer, name, None)
+                if isinstance(value, float) and value > 0 and hasattr(layer, "seed_generator"):
+                    changed.append((layer, name, value))
+                    setattr(layer, name, 0.0)
+        yield
+    finally:
+        for layer, name, value in changed:
+            setattr(layer, name, value)
+
+
+def _resolve_loss(model: keras.Model, loss: Any) -> Any:
+    """The loss as a `keras.losses.Loss` or a callable; `None` stands for the model's own `compute_loss`."""
+    if loss is None:
+        overridden = type(model).compute_loss is not keras.Model.compute_loss
+        if not model.compiled:
+            raise ValueError(
+                f"The model {model.name!r} is not compiled and no loss was given. Call model.compile(optimizer, loss), "
+                "or pass loss=... here."
+            )
+        if overridden:
+            return None
+        if model.loss is None:
+            raise ValueError(f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one.")
+        if isinstance(model.loss, (list, tuple, dict)) or model.loss in ("crossentropy", "ce"):
+            return None
+        loss = model.loss
+    loss = keras.losses.get(loss)
+    name = getattr(loss, "__name__", "")
+    if name and loss is getattr(keras.losses, name, None):
+        # The class of the same name knows how to reduce, and whether it takes logits.
+        loss_class = getattr(keras.losses, "".join(word.title() for word in name.split("_")), None)
+        loss = loss_class() if loss_class else loss
+    return loss
+
+
+def _is_cross_entropy(loss: Any) -> bool:
+    return isinstance(loss, keras.losses.Loss) and "from_logits" in loss.get_config()
+
+
+def _logits(outputs: tf.Tensor, loss: keras.losses.Loss) -> tf.Tensor:
+    """What went into the final softmax or sigmoid; the outputs themselves if the loss takes logits."""
+    if loss.get_config()["from_logits"]:
+        return outputs
+    if hasattr(outputs, "_keras_logits"):
+        return outputs._keras_logits
+    # A constant per example drops out of a softmax, so the logarithm is as good as the logits.
+    probabilities = tf.maximum(tf.cast(outputs, tf.float32), _SMALLEST)
+    if "Binary" in type(loss).__name__:
+        return tf.math.log(probabilities) - tf.math.log(tf.maximum(1.0 - probabilities, _SMALLEST))
+    return tf.math.log(probabilities)
+
+
+def _describe(part: Any) -> str:
+    leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
+    return ", ".join(f"{a.dtype}{list(a.shape)} from {a.min():g} to {a.max():g}" for a in leaves if a.size)
+
+
+class Derivatives:
+    """Derivatives of one model's loss by its prunable weights, at the weights times a mask.
+
+    The model is evaluated in a `keras.StatelessScope` with other weights in the place of its own: no variable
+    of the model is written, neither weights nor batch-normalization statistics nor seeds, also when an error is
+    raised. Each derivative is traced once; masks enter the compiled function as arguments.
+
+    The loss is a cross-entropy on logits wherever the model's loss is a cross-entropy, also if the model ends
+    in a softmax. It is the loss function's value alone: regularizers and `add_loss` are not part of it. Dropout
+    and noise layers are off.
+
+    Args:
+        model: A built `keras.Model`.
+        variables: Mapping of path to the variables to differentiate by.
+        loss: A Keras loss, its name, or a callable `(y, outputs)`; `None` takes the compiled one.
+    """
+
+    def __init__(self, model: keras.Model, variables: Mapping[str, keras.Variable], loss: Any = None):
+        self._model = model
+        self.variables = dict(variables)
+        self._loss = loss
+        self._loss_is_resolved = False
+        self._functions: dict[Any, Callable[..., Tensors]] = {}
+        self._disconnected: list[str] = []
+
+    def weights(self) -> Arrays:
+        """The weights as they are, in float32."""
+        return {path: np.asarray(variable, dtype=np.float32) for path, variable in self.variables.items()}
+
+    def gradient(self, batches: Batches, masks: MaskMapping | None = None, *, training: bool = True) -> Arrays:
+        """Gradient of the mean loss at the masked weights, by every weight: `dL(w) / dw` at `w = mask * weight`.
+
+        It is dense: where a mask is `False` it tells what the loss would do if the weight came back. Signed
+        gradients are averaged over all examples of all batches.
+
+        Args:
+            batches: The examples, read once.
+            masks: Masks of all variables; `None` keeps all.
+            training: Whether batch normalization uses the batch's statistics; the moving ones never change.
+        """
+        return self._mean(self._gradient_function(1.0, training), batches, masks)
+
+    def hessian_gradient(
+        self,
+        batches: Batches,
+        masks: MaskMapping | None = None,
+        *,
+        temperature: float = 1.0,
+        training: bool = True,
+    ) -> Arrays:
+        """Product Hg of the Hessian of the mean loss with its gradient g, both over the prunable weights.
+
+        `Hg = d(g . stop(g)) / dw`, reverse over reverse. With several batches g is averaged over all of them
+        before H is applied, so the data is read twice and the result is that of one large batch.
+
+        Args:
+            batches: The examples.
+            masks: Masks of all variables; `None` keeps all.
+            temperature: Divides the logits; other than 1 it needs a cross-entropy.
+            training: As in `gradient`.
+
+        Raises:
+            ValueError: If a temperature is asked of another loss, or several batches come from a generator.
+        """
+        product = self._hessian_gradient_function(temperature, training)
+        start = list(itertools.islice(batches, 2))
+        if len(start) == 1:
+            return self._mean(product, start, masks, None)
+        if batches.once_only:
+            raise ValueError(
+                "The Hessian-gradient product reads the data twice, but data is a generator, which can be read once. "
+                "Pass a list of batches, a tf.data.Dataset or a keras.utils.PyDataset."
+            )
+        gradient = self._mean(self._gradient_function(temperature, training), batches, masks)
+        return self._mean(product, batches, masks, [tf.constant(g) for g in gradient.values()])
+
+    def synaptic_flow(self, masks: MaskMapping | None = None, example: Any = None) -> Arrays:
+        """Gradient of `R = sum(f(ones; |w|))` by `|w|` at the masked weights.
+
+        Every other float weight is made absolute too. Batch normalization uses its moving statistics. A final
+        softmax or sigmoid is left out: the sum of a softmax is constant.
+
+        Args:
+            masks: Masks of all variables; `None` keeps all.
+            example: An input batch that gives the shape where the model does not (subclassed, or of any size).
+        """
+        function = self._function("synaptic_flow", self._flow_gradient)
+        return self._named(function(self._ones(example), self._mask_tensors(masks)))
+
+    # -- what is traced ------------------------------------------------------------------------
+
+    def _function(self, key: Any, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
+        if key not in self._functions:
+            self._functions[key] = tf.function(function, reduce_retracing=True)
+        return self._functions[key]
+
+    def _gradient_function(self, temperature: float, training: bool) -> Callable[..., Tensors]:
+        self._check_loss(temperature)
+
+        def gradient(batch: Batch, masks: Tensors | None) -> Tensors:
+            weights = self._masked_weights(masks)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                loss = self._loss_value(weights, batch, temperature, training)
+            gradients = tape.gradient(loss, weights)
+            self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
+            return _dense(gradients, weights)
+
+        return self._function(("gradient", temperature, training), gradient)
+
+    def _hessian_gradient_function(self, temperature: float, training: bool) -> Callable[..., Tensors]:
+        self._check_loss(temperature)
+
+        def hessian_gradient(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
+            weights = self._masked_weights(masks)
+            with tf.GradientTape(watch_accessed_variables=False) as outer:
+                outer.watch(weights)
+                with tf.GradientTape(watch_accessed_variables=False) as inner:
+                    inner.watch(weights)
+                    loss = self._loss_value(weights, batch, temperature, training)
+                gradients = inner.gradient(loss, weights)
+                self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
+                gradients = _dense(gradients, weights)
+                vector = [tf.stop_gradient(g) for g in (vector or gradients)]
+                product = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, vector, strict=True)])
+            return _dense(outer.gradient(product, weights), weights)
+
+        return self._function(("hessian_gradient", temperature, training), hessian_gradient)
+
+    def _flow_gradient(self, ones: Any, masks: Tensors | None) -> Tensors:
+        weights = [tf.abs(weight) for weight in self._masked_weights(masks)]
+        prunable = {id(variable) for variable in self.variables.values()}
+        others = [v for v in self._model.weights if id(v) not in prunable and keras.backend.is_float_dtype(v.dtype)]
+        mapping = [(v, tf.abs(tf.convert_to_tensor(v.value))) for v in others]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            with keras.StatelessScope(state_mapping=mapping + list(zip(self.variables.values(), weights, strict=True))):
+                outputs = keras.tree.flatten(self._model(ones, training=False))
+                flow = tf.add_n([tf.reduce_sum(getattr(output, "_keras_logits", output)) for output in outputs])
+        return _dense(tape.gradient(flow, weights), weights)
+
+    def _masked_weights(self, masks: Tensors | None) -> Tensors:
+        weights = [tf.convert_to_tensor(variable.value) for variable in self.variables.values()]
+        if masks is None:
+            return weights
+        return [tf.where(mask, weight, tf.zeros_like(weight)) for mask, weight in zip(masks, weights, strict=True)]
+
+    def _loss_value(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
+        x, y, sample_weight = batch
+        with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
+            outputs = self._model(x, training=training)
+            if not keras.tree.is_nested(outputs) and _is_cross_entropy(self._loss):
+                on_logits = type(self._loss).from_config({**self._loss.get_config(), "from_logits": True})
+                return on_logits(y, _logits(outputs, self._loss) / temperature, sample_weight)
+            if self._loss is None or keras.tree.is_nested(outputs):
+                value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
+                is_keras = type(self._model).compute_loss is keras.Model.compute_loss
+                return value - sum(self._model.losses) if is_keras else value
+            if isinstance(self._loss, keras.losses.Loss):
+                return self._loss(y, outputs, sample_weight)
+            values = self._loss(y, outputs)
+            return tf.reduce_mean(values if sample_weight is None else values * sample_weight)
+
+    # -- what is checked, and what is averaged ---------------------------------------------------
+
+    def _check_loss(self, temperature: float) -> None:
+        if not self._loss_is_resolved:
+            self._loss, self._loss_is_resolved = _resolve_loss(self._model, self._loss), True
+        if temperature != 1.0 and not _is_cross_entropy(self._loss):
+            raise ValueError(
+                f"A temperature of {temperature:g} divides the logits of a cross-entropy, but the loss is "
+                f"{getattr(self._loss, 'name', self._loss)!r}. Use temperature=1.0 with this loss."
+            )
+
+    def _mask_tensors(self, masks: MaskMapping | None) -> Tensors | None:
+        return None if masks is None else [tf.constant(masks[path]) for path in self.variables]
+
+    def _ones(self, example: Any) -> Any:
+        if example is not None:
+            return keras.tree.map_structure(lambda leaf: tf.ones_like(leaf[:1]), example)
+        inputs = getattr(self._model, "inputs", None)
+        if not inputs or any(None in tensor.shape[1:] for tensor in inputs):
+            raise ValueError(
+                f"The model {self._model.name!r} does not say of what shape its inputs are, and synaptic flow needs "
+                "an input of ones. Pass data=(x, y): only the shape of x is used."
+            )
+        ones = [tf.ones((1, *tensor.shape[1:]), tensor.dtype) for tensor in inputs]
+        return ones[0] if len(ones) == 1 else ones
+
+    def _mean(self, function: Callable[..., Tensors], batches: Iterable[Batch], masks: MaskMapping | None, *rest: Any) -> Arrays:
+        """Averages what `function` gives for each batch over all examples."""
+        mask_tensors = self._mask_tensors(masks)
+        mean: Tensors = []
+        count = 0
+        for batch in batches:
+            tensors = keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batch)
+            size = keras.tree.flatten(tensors)[0].shape[0]
+            value = self._evaluate(function, tensors, mask_tensors, *rest)
+            count += size
+            mean = [m + (v - m) * (size / count) for m, v in zip(mean, value, strict=True)] if mean else value
+        return self._named(mean)
+
+    def _evaluate(self, function: Callable[..., Tensors], batch: Batch, *rest: Any) -> Tensors:
+        try:
+            with _noise_off(self._model):
+                value = function(batch, *rest)
+        except (tf.errors.InvalidArgumentError, ValueError, TypeError) as error:
+            x, y, _ = batch
+            raise ValueError(
+                f"The loss cannot be computed on this batch: x is {_describe(x)}, y is {_describe(y)}, the loss is "
+                f"{getattr(self._loss, 'name', self._loss)!r}. Check that x fits the model and y the loss: a sparse "
+                "categorical cross-entropy takes integers below the number of outputs, a categorical one takes one-hot "
+                f"rows. The cause: {str(error).strip().splitlines()[-1]}"
+            ) from error
+        if self._disconnected:
+            raise ValueError(
+                f"The loss gives no gradient to {', '.join(self._disconnected)}, so it cannot score them. Leave their "
+                "layers out with filters=..., or use a criterion without data."
+            )
+        return value
+
+    def _named(self, tensors: Tensors) -> Arrays:
+        return {path: tensor.numpy() for path, tensor in zip(self.variables, tensors, strict=True)}
+
+
+def _dense(gradients: list[tf.Tensor | None], weights: Tensors) -> Tensors:
+    """Gradients in float32, zeros where there is none."""
+    return [
+        tf.zeros_like(w, tf.float32) if g is None else tf.cast(tf.convert_to_tensor(g), tf.float32)
+        for g, w in zip(gradients, weights, strict=True)
+    ]

@@ -1,0 +1,319 @@
+"""`prune()`: the one loop score -> schedule -> mask, and the papers' methods as compositions of it."""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tf_prune.batches import Batches
+from tf_prune.criteria import SNIP, Criterion, GraSP, Magnitude, Random, SynapticFlow
+from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.gradients import Derivatives
+from tf_prune.masks import Masks, check_finite, check_sparsity, masks_from_scores
+from tf_prune.prunable import Filters, find_prunable
+from tf_prune.schedules import SCHEDULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterative:
+    """Scores and prunes `num_steps` times, each time at the weights that the mask before left.
+
+    For t = 1 ... T: score the weights at `mask_{t-1} * w`, keep as many as the schedule says.
+
+    Args:
+        criterion: A criterion; it is scored at the masked weights.
+        num_steps: T, at least 1.
+        schedule: `"exponential"` or `"linear"`.
+        revive: Whether a weight that was pruned at one step can come back at a later one.
+        num_batches: Batches for each step, the next ones of the data, starting over at its end; `None` takes all
+            of the data at each step.
+        name: What the report and the progress bar call it.
+
+    Raises:
+        ValueError: If an option is out of its range.
+
+    >>> Iterative(SNIP(), num_steps=10).schedule
+    'exponential'
+    """
+
+    criterion: Criterion
+    num_steps: int = 1
+    schedule: str = "exponential"
+    revive: bool = False
+    num_batches: int | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {self.schedule!r}.")
+        if self.num_batches is not None and self.num_batches < 1:
+            raise ValueError(f"num_batches must be at least 1, or None for all batches; got {self.num_batches}.")
+        SCHEDULES[self.schedule](0.0, self.num_steps)  # checks num_steps
+        object.__setattr__(self, "name", self.name or type(self.criterion).__name__)
+
+    def masks(
+        self,
+        derivatives: Derivatives,
+        batches: Batches | None,
+        sparsity: float,
+        scope: str = "global",
+        among: Masks | None = None,
+        verbose: int = 0,
+    ) -> Masks:
+        """The final masks; the model is not changed.
+
+        Args:
+            derivatives: Of the model to prune.
+            batches: The data, for a criterion that needs it.
+            sparsity: The target, in [0, 1).
+            scope: As in `masks_from_scores`.
+            among: Masks of the weights that may be kept at all.
+            verbose: 0 is silent, 1 shows a progress bar if there is more than one step.
+        """
+        schedule = SCHEDULES[self.schedule](sparsity, self.num_steps)
+        progress = None
+        if self.num_steps > 1:
+            progress = keras.utils.Progbar(
+                self.num_steps, verbose=verbose, stateful_metrics=["sparsity"], unit_name=self.name
+            )
+        # One step needs no mask in the compiled gradient; several start from all ones, so that it is traced once.
+        current = among or (Masks({p: np.ones(v.shape, bool) for p, v in derivatives.variables.items()}) if progress else None)
+        for step in range(1, self.num_steps + 1):
+            data = batches if batches is None or self.num_batches is None else batches.take(self.num_batches)
+            scores = self.criterion.scores(derivatives, data, current)
+            current = masks_from_scores(scores, schedule(step), scope, among if self.revive else current)
+            if progress:
+                progress.update(step, [("sparsity", current.sparsity)], finalize=step == self.num_steps)
+        assert current is not None  # noqa: S101 - for the type checker: num_steps is at least 1
+        return current
+
+
+def FORCE(
+    num_steps: int = 60, schedule: str = "exponential", num_batches: int | None = 1, training: bool = True
+) -> Iterative:
+    """Foresight connection sensitivity: SNIP's score of the pruned network, step by step; weights may come back.
+
+    `score = |w * dL(c * w) / d(c * w)|` with the dense weight w and the mask c of the step before, so a pruned weight
+    has a score too. With one step it is SNIP.
+
+    Args:
+        num_steps: T; the paper uses 300 on CIFAR-10 and 60 elsewhere.
+        schedule: `"exponential"` or `"linear"`.
+        num_batches: Fresh batches for each step; `None` takes all of the data each time.
+        training: Whether batch normalization uses the batch's statistics while scoring.
+
+    >>> FORCE(num_steps=10).revive
+    True
+
+    Source: de Jorge et al. 2020, Eq. 5 and Algorithm 1; in the ICLR 2021 version this is what is called FORCE.
+    Deviations: the loss is cross-entropy, as the paper says; the authors' release feeds raw logits to a negative
+    log-likelihood. Signed gradients are averaged over batches, as in that release; the paper averages saliencies.
+    """
+    return Iterative(SNIP(training), num_steps, schedule, revive=True, num_batches=num_batches, name="FORCE")
+
+
+def IterativeSNIP(
+    num_steps: int = 60, schedule: str = "exponential", num_batches: int | None = 1, training: bool = True
+) -> Iterative:
+    """SNIP step by step, where a pruned weight never comes back; otherwise as `FORCE`.
+
+    Args:
+        num_steps: T.
+        schedule: `"exponential"` or `"linear"`.
+        num_batches: Fresh batches for each step; `None` takes all of the data each time.
+        training: Whether batch normalization uses the batch's statistics while scoring.
+
+    >>> IterativeSNIP(num_steps=10).revive
+    False
+
+    Source: de Jorge et al. 2020, Eq. 7, which its first version calls FORCE.
+    """
+    return Iterative(SNIP(training), num_steps, schedule, num_batches=num_batches, name="IterativeSNIP")
+
+
+def SynFlow(num_steps: int = 100, schedule: str = "exponential") -> Iterative:
+    """Iterative synaptic flow pruning: needs no data, and empties no layer while others have more than one weight.
+
+    Args:
+        num_steps: How often to score and prune.
+        schedule: `"exponential"` or `"linear"`.
+
+    >>> SynFlow().num_steps
+    100
+
+    Source: Tanaka et al. 2020, Algorithm 1.
+    """
+    return Iterative(SynapticFlow(), num_steps, schedule, name="SynFlow")
+
+
+METHODS: dict[str, Callable[[], Criterion | Iterative]] = {
+    "snip": SNIP,
+    "grasp": GraSP,
+    "force": FORCE,
+    "iterative_snip": IterativeSNIP,
+    "synflow": SynFlow,
+    "magnitude": Magnitude,
+    "random": Random,
+}
+
+Method = str | Criterion | Iterative
+
+
+def _as_iterative(method: Method) -> Iterative:
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"Unknown method {method!r}. Expected one of {', '.join(map(repr, METHODS))}, or an object.")
+        method = METHODS[method]()
+    if isinstance(method, type) or not hasattr(method, "scores" if not isinstance(method, Iterative) else "masks"):
+        raise ValueError(
+            f"method must be a lower-case name or an object such as tf_prune.SNIP(), got {method!r}."
+            + (" Call it to make an object." if isinstance(method, type) else "")
+        )
+    return method if isinstance(method, Iterative) else Iterative(method)
+
+
+def score(
+    model: keras.Model,
+    criterion: Method,
+    data: Any = None,
+    loss: Any = None,
+    *,
+    filters: Filters = None,
+) -> dict[str, np.ndarray]:
+    """Scores every prunable weight and leaves the model exactly as it was, also when an error is raised.
+
+    Args:
+        model: A built `keras.Model`.
+        criterion: A criterion or its lower-case name. Of an iterative method, its first step.
+        data: An `(x, y)` batch or an iterable of them; not needed by `SynFlow`, `Magnitude` and `Random`.
+        loss: A Keras loss, its name, or a callable; defaults to the compiled loss.
+        filters: Which layers; see `find_prunable`.
+
+    Returns:
+        Dict from `variable.path` to a float32 array of the kernel's shape; larger = keep.
+
+    Raises:
+        ValueError: If data or loss is missing or does not fit, or a score is not finite.
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense_s")])
+    >>> score(model, "magnitude")["dense_s/kernel"].shape
+    (4, 3)
+    """
+    method = _as_iterative(criterion)
+    derivatives = Derivatives(model, find_prunable(model, filters).prunable, loss)
+    scores = method.criterion.scores(derivatives, _batches(method, data), masks_of(model) or None)
+    check_finite(scores)
+    return scores
+
+
+def _batches(method: Iterative, data: Any) -> Batches | None:
+    return Batches(data) if data is not None or method.criterion.needs_data else None
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningReport:
+    """What `prune` did: `print(report)` shows each kernel, and what was left alone and why.
+
+    Attributes:
+        method: The method's name.
+        scope: `"global"` or `"layerwise"`.
+        masks: The `Masks` that now hold.
+        skipped: Mapping of path to the reason why this variable was left alone.
+        emptied: Paths of the kernels that have no weight left: nothing passes through them.
+    """
+
+    method: str
+    scope: str
+    masks: Masks
+    skipped: dict[str, str]
+    emptied: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the prunable weights that is removed."""
+        return self.masks.sparsity
+
+    def __str__(self) -> str:
+        table = Table(title=f"{self.method}, {self.scope}: {self.sparsity:.4%} of {self.masks.num_weights:,} weights removed")
+        for column in ("kernel", "shape", "weights", "kept", "sparsity"):
+            table.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
+        for path, mask in self.masks.items():
+            kept = int(np.count_nonzero(mask))
+            shape = "x".join(map(str, mask.shape))
+            table.add_row(path, shape, f"{mask.size:,}", f"{kept:,}", f"{1 - kept / mask.size:.2%}" + (" emptied" if not kept else ""))
+        with io.StringIO() as stream:
+            console = Console(file=stream, width=100)
+            console.print(table)
+            reasons: dict[str, list[str]] = {}
+            for path, reason in self.skipped.items():
+                reasons.setdefault(reason, []).append(path)
+            for reason, paths in reasons.items():
+                shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
+                console.print(f"left alone ({reason}): {shown}", markup=False, highlight=False)
+            return stream.getvalue()
+
+
+def prune(
+    model: keras.Model,
+    method: Method,
+    sparsity: float,
+    data: Any = None,
+    loss: Any = None,
+    *,
+    scope: str = "global",
+    filters: Filters = None,
+    verbose: int = 1,
+) -> PruningReport:
+    """Prunes the model in place and attaches the masks, so that training keeps them.
+
+    Of the d prunable weights, ceil(sparsity * d) become zero; exactly the others are kept. On a model that has masks
+    already, pruned weights stay pruned, and count as removed.
+
+    Args:
+        model: A built `keras.Model`: Sequential, functional, subclassed, nested.
+        method: `"snip"`, `"grasp"`, `"force"`, `"iterative_snip"`, `"synflow"`, `"magnitude"`, `"random"`, or an object
+            such as `FORCE(num_steps=100)`.
+        sparsity: Fraction in [0, 1) to remove.
+        data: An `(x, y)` batch or an iterable of them.
+        loss: A Keras loss, its name, or a callable; defaults to the compiled loss.
+        scope: `"global"` ranks all weights together, `"layerwise"` removes this fraction of each kernel.
+        filters: Which layers; see `find_prunable`. Kernels of the others do not count in d.
+        verbose: 0 is silent, 1 shows a progress bar while an iterative method runs.
+
+    Returns:
+        A `PruningReport`.
+
+    Raises:
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If an argument is wrong or a score is not finite; the model is unchanged then.
+
+    >>> model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10, name="dense_p")])
+    >>> report = prune(model, "magnitude", sparsity=0.95)
+    >>> report.masks.num_kept
+    5
+    """
+    iterative = _as_iterative(method)
+    sparsity = check_sparsity(sparsity)
+    survey = find_prunable(model, filters)
+    derivatives = Derivatives(model, survey.prunable, loss)
+    existing = {path: mask for path, mask in masks_of(model).items() if path in survey.prunable}
+    among = {p: existing.get(p, np.ones(v.shape, bool)) for p, v in survey.prunable.items()} if existing else None
+    masks = iterative.masks(
+        derivatives, _batches(iterative, data), sparsity, scope, Masks(among) if among else None, verbose
+    )
+    emptied = tuple(path for path, mask in masks.items() if not mask.any())
+    if emptied:
+        warnings.warn(
+            f"{iterative.name} at sparsity {sparsity:g} left no weight in {', '.join(emptied)}: nothing passes through "
+            "there any more. Ask for a lower sparsity, another method (SynFlow, FORCE with more steps), or "
+            'scope="layerwise".',
+            stacklevel=2,
+        )
+    apply_masks(model, masks)
+    return PruningReport(iterative.name, scope, masks, survey.skipped, emptied)
