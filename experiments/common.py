@@ -108,7 +108,9 @@ def batches(data: datasets.Dataset, config: Config) -> tf.data.Dataset:
     dataset = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
     dataset = dataset.shuffle(len(data.x_train), seed=config.seed).batch(config.batch_size)
     if data.augment:
-        augment = keras.Sequential([keras.layers.RandomFlip("horizontal"), keras.layers.RandomCrop(*data.input_shape[:2])])
+        augment = keras.Sequential(
+            [keras.layers.RandomFlip("horizontal"), keras.layers.RandomCrop(*data.input_shape[:2])]
+        )
         padding = [[0, 0], [4, 4], [4, 4], [0, 0]]
         dataset = dataset.map(lambda x, y: (augment(tf.pad(x, padding), training=True), y), num_parallel_calls=2)
     return dataset.prefetch(2)

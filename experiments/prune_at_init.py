@@ -54,9 +54,7 @@ def plot_kept_weights(masks: Mapping[str, Any], file: Path, config: common.Confi
     names = [path.removesuffix("/kernel") for path in masks]
     kept = [int(mask.sum()) for mask in masks.values()]
     density = [mask.mean() for mask in masks.values()]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 1.5 + 0.3 * len(names)), sharey=True, layout="constrained"
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.5 + 0.3 * len(names)), sharey=True, layout="constrained")
     for axes, values, label, text in (
         (left, density, "fraction of weights kept", "{:.1%}"),
         (right, kept, "number of weights kept", "{:,}"),
@@ -89,7 +87,9 @@ def print_results(results: Mapping[str, Any], output_dir: Path, export_dir: Path
     console = Console()
     console.print(table)
     console.print(f"{output_dir / config.name}: results.json, kept_weights.png", highlight=False, soft_wrap=True)
-    console.print(f"{export_dir / config.name}: saved_model, model.tflite, report.json", highlight=False, soft_wrap=True)
+    console.print(
+        f"{export_dir / config.name}: saved_model, model.tflite, report.json", highlight=False, soft_wrap=True
+    )
 
 
 def main() -> None:

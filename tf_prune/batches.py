@@ -45,30 +45,31 @@ class Batches:
     A tuple is one batch; anything else (list, `tf.data.Dataset`, `keras.utils.PyDataset`, generator) is an
     iterable of batches. Nothing is kept: each pass reads the data anew.
 
+    Args:
+        data: The examples, or `None`: then asking for a batch is an error, and a method that asks for none works.
+
     Raises:
-        ValueError: If the data is missing, empty, infinite where all of it is asked for, or not finite.
+        ValueError: When read, if the data is missing, empty, endless where all of it is asked for, or not finite.
 
     >>> [x.shape for x, y, _ in Batches((np.ones((4, 2)), np.ones(4)))]
     [(4, 2)]
     """
 
     def __init__(self, data: Any):
-        if data is None:
-            raise ValueError(
-                "This method scores weights by the loss on examples, but data is None. Pass data=(x, y), or an "
-                "iterable of such batches."
-            )
-        if not isinstance(data, (tuple, Iterable, keras.utils.PyDataset)):
-            raise ValueError(
-                f"data must be an (x, y) tuple or an iterable of such tuples, got {type(data).__name__}."
-            )
+        if data is not None and not isinstance(data, (Iterable, keras.utils.PyDataset)):
+            raise ValueError(f"data must be an (x, y) tuple or an iterable of such tuples, got {type(data).__name__}.")
         self._data: Any = [data] if isinstance(data, tuple) else data
         self._endless: Iterator[Batch] | None = None
 
     @property
+    def given(self) -> bool:
+        """Whether there is any data."""
+        return self._data is not None
+
+    @property
     def once_only(self) -> bool:
         """Whether the data is a generator, which can be read a single time."""
-        return iter(self._data) is self._data if isinstance(self._data, Iterator) else False
+        return isinstance(self._data, Iterator)
 
     def __iter__(self) -> Iterator[Batch]:
         cardinality = getattr(self._data, "cardinality", None)
@@ -80,6 +81,11 @@ class Batches:
 
     def _read(self) -> Iterator[Batch]:
         data = self._data
+        if data is None:
+            raise ValueError(
+                "This method scores weights by the loss on examples, but data is None. Pass data=(x, y), or an "
+                "iterable of such batches."
+            )
         if isinstance(data, keras.utils.PyDataset):
             data = (data[i] for i in range(data.num_batches))
         index = -1

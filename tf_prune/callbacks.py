@@ -44,7 +44,7 @@ class PruneBeforeTraining(keras.callbacks.Callback):
         self.sparsity = check_sparsity(sparsity)
         self.data = data
         self.loss = loss
-        self.options = {"scope": scope, "filters": filters, "verbose": verbose}
+        self.options: dict[str, Any] = {"scope": scope, "filters": filters, "verbose": verbose}
         self.report: PruningReport | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

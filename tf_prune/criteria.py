@@ -12,13 +12,11 @@ from tf_prune.gradients import Arrays, Derivatives, MaskMapping
 class Criterion(Protocol):
     """What the pruning loop asks of a criterion. Each is a frozen dataclass: its fields are its options."""
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether it scores by the loss on examples."""
-        ...
+    def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:
+        """Scores every prunable weight of the model at its weights times `masks`; `None` keeps all.
 
-    def scores(self, derivatives: Derivatives, batches: Batches | None, masks: MaskMapping | None) -> Arrays:
-        """Scores every prunable weight of the model at its weights times `masks`."""
+        A criterion without data does not read `batches`.
+        """
         ...
 
 
@@ -32,8 +30,8 @@ class SNIP:
     Args:
         training: Whether batch normalization uses the batch's statistics while scoring.
 
-    >>> SNIP().needs_data
-    True
+    >>> SNIP(training=False)
+    SNIP(training=False)
 
     Source: Lee et al. 2019, Eq. 4-5; at a mask other than all ones it is FORCE, de Jorge et al. 2020, Eq. 5.
     Deviations: Lee et al. divide by the sum of all scores, which changes no ranking; their code also prunes biases
@@ -41,7 +39,6 @@ class SNIP:
     """
 
     training: bool = True
-    needs_data = True
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:
         """See `Criterion.scores`."""
@@ -73,7 +70,6 @@ class GraSP:
 
     temperature: float = 200.0
     training: bool = True
-    needs_data = True
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -81,9 +77,7 @@ class GraSP:
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:
         """See `Criterion.scores`."""
-        products = derivatives.hessian_gradient(
-            batches, masks, temperature=self.temperature, training=self.training
-        )
+        products = derivatives.hessian_gradient(batches, masks, temperature=self.temperature, training=self.training)
         return {path: weight * products[path] for path, weight in derivatives.weights().items()}
 
 
@@ -94,17 +88,15 @@ class SynapticFlow:
     `score = |w| * dR/d|w|` with `R = sum(f(ones; |w|))`. In a network of rectifiers without biases the scores of each
     layer add up to the same number, R: no layer can starve while others keep their flow.
 
-    >>> SynapticFlow().needs_data
-    False
+    >>> SynapticFlow()
+    SynapticFlow()
 
     Source: Tanaka et al. 2020, Eq. 2 and Algorithm 1. Deviation: a final softmax is left out, since its sum is constant.
     """
 
-    needs_data = False
-
-    def scores(self, derivatives: Derivatives, batches: Batches | None, masks: MaskMapping | None) -> Arrays:
+    def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:
         """See `Criterion.scores`. Of `batches` only the shape of one input is used."""
-        example = None if batches is None else next(iter(batches.take(1)))[0]
+        example = next(iter(batches.take(1)))[0] if batches.given else None
         gradients = derivatives.synaptic_flow(masks, example)
         return {path: np.abs(weight * gradients[path]) for path, weight in derivatives.weights().items()}
 
@@ -113,15 +105,13 @@ class SynapticFlow:
 class Magnitude:
     """`score = |w|`: the smallest weights go first. Needs no data.
 
-    >>> Magnitude().needs_data
-    False
+    >>> Magnitude()
+    Magnitude()
 
     Source: Han et al. 2015; baseline of Wang et al. 2020 and of Lubana and Dick 2021.
     """
 
-    needs_data = False
-
-    def scores(self, derivatives: Derivatives, batches: Batches | None, masks: MaskMapping | None) -> Arrays:
+    def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:
         """See `Criterion.scores`."""
         return {path: np.abs(weight) for path, weight in derivatives.weights().items()}
 
@@ -138,9 +128,8 @@ class Random:
     """
 
     seed: int = 0
-    needs_data = False
 
-    def scores(self, derivatives: Derivatives, batches: Batches | None, masks: MaskMapping | None) -> Arrays:
+    def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:
         """See `Criterion.scores`."""
         generator = np.random.default_rng(self.seed)
         return {path: generator.random(w.shape, np.float32) for path, w in derivatives.weights().items()}

@@ -96,7 +96,9 @@ class ExportReport:
             console.print(table)
             console.print(sizes)
             agreement = "" if self.agreement is None else f", the same prediction for {self.agreement:.2%}"
-            console.print(f"Keras and LiteRT on {self.inputs}: largest difference {self.largest_difference:.2g}{agreement}")
+            console.print(
+                f"Keras and LiteRT on {self.inputs}: largest difference {self.largest_difference:.2g}{agreement}"
+            )
             return stream.getvalue()
 
 
@@ -143,7 +145,7 @@ def export(
                 f"Pruned weights of {path!r} are not zero; they were set from outside after pruning. Call "
                 "tf_prune.apply_masks(model, tf_prune.masks_of(model)) and export again."
             )
-    batches = Batches(data) if data is not None else None
+    batches = Batches(data)
     examples = _first_input(model, batches)
     interpreter_class = _litert_interpreter()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -152,15 +154,17 @@ def export(
         names = _write_saved_model(model, examples, work / "saved_model")
         files = {encoding: _convert(work / "saved_model", encoding) for encoding in _ENCODINGS}
         encoding = min(_ENCODINGS, key=lambda name: len(files[name]))
-        inputs = (x for x, _, _ in batches) if batches else iter([examples])
-        count, difference, agreement = _compare(model, interpreter_class(model_content=files[encoding]), names, inputs, tolerance)
+        inputs = (x for x, _, _ in batches) if batches.given else iter([examples])
+        count, difference, agreement = _compare(
+            model, interpreter_class(model_content=files[encoding]), names, inputs, tolerance
+        )
         archive = b"".join(file.read_bytes() for file in sorted(work.rglob("*")) if file.is_file())
         report = ExportReport(
             directory=str(directory),
             encoding=encoding,
             bytes={name: _sizes(content) for name, content in [*files.items(), ("SavedModel", archive)]},
             layers=_layer_sparsities(prunable, files[encoding]),
-            inputs=f"{count:,} {'given' if batches else 'random'} examples",
+            inputs=f"{count:,} {'given' if batches.given else 'random'} examples",
             largest_difference=difference,
             agreement=agreement,
         )
@@ -180,9 +184,9 @@ def _litert_interpreter() -> Callable[..., Any]:
     return Interpreter
 
 
-def _first_input(model: keras.Model, batches: Batches | None) -> Any:
+def _first_input(model: keras.Model, batches: Batches) -> Any:
     """One batch of inputs: of the data, or random ones of the shape that the model says."""
-    if batches is not None:
+    if batches.given:
         return next(iter(batches.take(1)))[0]
     inputs = getattr(model, "inputs", None)
     if not inputs or any(None in tensor.shape[1:] for tensor in inputs):
@@ -208,7 +212,11 @@ def _write_saved_model(model: keras.Model, examples: Any, directory: Path) -> li
     signature = keras.tree.pack_sequence_as(examples, specs)
     # An endpoint alone tracks the variables that it uses, once; Keras's own model.export writes each twice.
     archive = keras.export.ExportArchive()
-    archive.add_endpoint("serve", lambda inputs: model(inputs, training=False), input_signature=[signature])
+
+    def serve(inputs: Any) -> Any:
+        return model(inputs, training=False)
+
+    archive.add_endpoint("serve", serve, input_signature=[signature])
     archive.write_out(str(directory), verbose=False)
     return names
 
@@ -273,7 +281,8 @@ def _layer_sparsities(prunable: dict[str, keras.Variable], content: bytes) -> tu
         if match is not None:
             found[path] = 1.0 - float(patterns.pop(match).mean())
     return tuple(
-        LayerSparsity(path, kernel.size, 1.0 - float(kernel.mean()), found.get(path)) for path, kernel in kernels.items()
+        LayerSparsity(path, kernel.size, 1.0 - float(kernel.mean()), found.get(path))
+        for path, kernel in kernels.items()
     )
 
 
@@ -314,22 +323,23 @@ def _decode(values: np.ndarray, tensor: Any) -> np.ndarray:
         return values.reshape(shape)
     # Level by level: the coordinates of everything stored so far, one column a level.
     coordinates = np.zeros((1, 0), np.int64)
-    for level in tensor.sparsity.dimMetadata:
-        if level.arraySegments is None:
-            column = np.tile(np.arange(level.denseSize), len(coordinates))
-            coordinates = np.repeat(coordinates, level.denseSize, axis=0)
+    for metadata in tensor.sparsity.dimMetadata:
+        if metadata.arraySegments is None:
+            column = np.tile(np.arange(metadata.denseSize), len(coordinates))
+            coordinates = np.repeat(coordinates, metadata.denseSize, axis=0)
         else:
-            column = np.asarray(level.arrayIndices.values, np.int64)
-            coordinates = np.repeat(coordinates, np.diff(np.asarray(level.arraySegments.values, np.int64)), axis=0)
+            column = np.asarray(metadata.arrayIndices.values, np.int64)
+            counts: Any = np.diff(np.asarray(metadata.arraySegments.values, np.int64))
+            coordinates = np.repeat(coordinates, counts, axis=0)
         coordinates = np.column_stack([coordinates, column])
     blocks = [] if tensor.sparsity.blockMap is None else list(tensor.sparsity.blockMap)
     index = np.zeros((len(coordinates), len(shape)), np.int64)
     levels = list(tensor.sparsity.traversalOrder)
-    for column, axis in enumerate(levels):
+    for level, axis in enumerate(levels):
         if axis < len(shape):
-            index[:, axis] += coordinates[:, column] * _block_size(tensor, levels, blocks, axis)
+            index[:, axis] += coordinates[:, level] * _block_size(tensor, levels, blocks, axis)
         else:
-            index[:, blocks[axis - len(shape)]] += coordinates[:, column]
+            index[:, blocks[axis - len(shape)]] += coordinates[:, level]
     dense = np.zeros(shape, values.dtype)
     dense[tuple(index.T)] = values[: len(index)]
     return dense

@@ -47,7 +47,9 @@ def _resolve_loss(model: keras.Model, loss: Any) -> Any:
         if overridden:
             return None
         if model.loss is None:
-            raise ValueError(f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one.")
+            raise ValueError(
+                f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one."
+            )
         if isinstance(model.loss, (list, tuple, dict)) or model.loss in ("crossentropy", "ce"):
             return None
         loss = model.loss
@@ -271,7 +273,9 @@ class Derivatives:
         ones = [tf.ones((1, *tensor.shape[1:]), tensor.dtype) for tensor in inputs]
         return ones[0] if len(ones) == 1 else ones
 
-    def _mean(self, function: Callable[..., Tensors], batches: Iterable[Batch], masks: MaskMapping | None, *rest: Any) -> Arrays:
+    def _mean(
+        self, function: Callable[..., Tensors], batches: Iterable[Batch], masks: MaskMapping | None, *rest: Any
+    ) -> Arrays:
         """Averages what `function` gives for each batch over all examples."""
         mask_tensors = self._mask_tensors(masks)
         mean: Tensors = []

@@ -193,7 +193,9 @@ def _keep_largest(flat: np.ndarray, count: int) -> np.ndarray:
     return kept
 
 
-def _select(scores: Scores, sparsity: float, among: Mapping[str, np.ndarray] | None, where: str) -> dict[str, np.ndarray]:
+def _select(
+    scores: Scores, sparsity: float, among: Mapping[str, np.ndarray] | None, where: str
+) -> dict[str, np.ndarray]:
     flat = np.concatenate([np.ravel(score) for score in scores.values()])
     count = num_kept(flat.size, sparsity)
     if among is not None:

@@ -129,5 +129,7 @@ def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
             skipped[path] = reason
     if not prunable:
         reasons = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items())
-        raise ValueError(f"The model {model.name!r} has nothing to prune. Each variable, and why it is left:\n{reasons}")
+        raise ValueError(
+            f"The model {model.name!r} has nothing to prune. Each variable, and why it is left:\n{reasons}"
+        )
     return Survey(prunable, skipped)

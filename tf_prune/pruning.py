@@ -60,7 +60,7 @@ class Iterative:
     def masks(
         self,
         derivatives: Derivatives,
-        batches: Batches | None,
+        batches: Batches,
         sparsity: float,
         scope: str = "global",
         among: Masks | None = None,
@@ -82,10 +82,12 @@ class Iterative:
             progress = keras.utils.Progbar(
                 self.num_steps, verbose=verbose, stateful_metrics=["sparsity"], unit_name=self.name
             )
-        # One step needs no mask in the compiled gradient; several start from all ones, so that it is traced once.
-        current = among or (Masks({p: np.ones(v.shape, bool) for p, v in derivatives.variables.items()}) if progress else None)
+        current = among
+        if current is None and self.num_steps > 1:
+            # All ones, not None, so that the first step is traced like the others: once for all.
+            current = Masks({path: np.ones(v.shape, bool) for path, v in derivatives.variables.items()})
         for step in range(1, self.num_steps + 1):
-            data = batches if batches is None or self.num_batches is None else batches.take(self.num_batches)
+            data = batches if self.num_batches is None else batches.take(self.num_batches)
             scores = self.criterion.scores(derivatives, data, current)
             current = masks_from_scores(scores, schedule(step), scope, among if self.revive else current)
             if progress:
@@ -166,16 +168,15 @@ Method = str | Criterion | Iterative
 
 
 def _as_iterative(method: Method) -> Iterative:
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"Unknown method {method!r}. Expected one of {', '.join(map(repr, METHODS))}, or an object.")
+    if isinstance(method, str) and method in METHODS:
         method = METHODS[method]()
-    if isinstance(method, type) or not hasattr(method, "scores" if not isinstance(method, Iterative) else "masks"):
+    if isinstance(method, Iterative):
+        return method
+    if isinstance(method, (str, type)) or not hasattr(method, "scores"):
         raise ValueError(
-            f"method must be a lower-case name or an object such as tf_prune.SNIP(), got {method!r}."
-            + (" Call it to make an object." if isinstance(method, type) else "")
+            f"method must be one of {', '.join(map(repr, METHODS))}, or an object such as tf_prune.SNIP(); got {method!r}."
         )
-    return method if isinstance(method, Iterative) else Iterative(method)
+    return Iterative(method)
 
 
 def score(
@@ -207,13 +208,9 @@ def score(
     """
     method = _as_iterative(criterion)
     derivatives = Derivatives(model, find_prunable(model, filters).prunable, loss)
-    scores = method.criterion.scores(derivatives, _batches(method, data), masks_of(model) or None)
+    scores = method.criterion.scores(derivatives, Batches(data), masks_of(model) or None)
     check_finite(scores)
     return scores
-
-
-def _batches(method: Iterative, data: Any) -> Batches | None:
-    return Batches(data) if data is not None or method.criterion.needs_data else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,13 +237,15 @@ class PruningReport:
         return self.masks.sparsity
 
     def __str__(self) -> str:
-        table = Table(title=f"{self.method}, {self.scope}: {self.sparsity:.4%} of {self.masks.num_weights:,} weights removed")
+        removed = f"{self.sparsity:.4%} of {self.masks.num_weights:,} weights removed"
+        table = Table(title=f"{self.method}, {self.scope}: {removed}")
         for column in ("kernel", "shape", "weights", "kept", "sparsity"):
             table.add_column(column, justify="left" if column in ("kernel", "shape") else "right")
         for path, mask in self.masks.items():
             kept = int(np.count_nonzero(mask))
             shape = "x".join(map(str, mask.shape))
-            table.add_row(path, shape, f"{mask.size:,}", f"{kept:,}", f"{1 - kept / mask.size:.2%}" + (" emptied" if not kept else ""))
+            sparsity = f"{1 - kept / mask.size:.2%}" if kept else "emptied"
+            table.add_row(path, shape, f"{mask.size:,}", f"{kept:,}", sparsity)
         with io.StringIO() as stream:
             console = Console(file=stream, width=100)
             console.print(table)
@@ -304,9 +303,7 @@ def prune(
     derivatives = Derivatives(model, survey.prunable, loss)
     existing = {path: mask for path, mask in masks_of(model).items() if path in survey.prunable}
     among = {p: existing.get(p, np.ones(v.shape, bool)) for p, v in survey.prunable.items()} if existing else None
-    masks = iterative.masks(
-        derivatives, _batches(iterative, data), sparsity, scope, Masks(among) if among else None, verbose
-    )
+    masks = iterative.masks(derivatives, Batches(data), sparsity, scope, Masks(among) if among else None, verbose)
     emptied = tuple(path for path, mask in masks.items() if not mask.any())
     if emptied:
         warnings.warn(

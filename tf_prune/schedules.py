@@ -41,6 +41,7 @@ class Linear(_Schedule):
     """
 
     def __call__(self, step: int) -> float:
+        """The sparsity after this step, counted from 1."""
         progress = self._progress(step)
         return self.sparsity if step == self.num_steps else progress * self.sparsity
 
@@ -60,6 +61,7 @@ class Exponential(_Schedule):
     """
 
     def __call__(self, step: int) -> float:
+        """The sparsity after this step, counted from 1."""
         progress = self._progress(step)
         return self.sparsity if step == self.num_steps else 1.0 - (1.0 - self.sparsity) ** progress
 
