@@ -1,0 +1,1 @@
+"""Measurements against a yardstick in the same run; they print ratios."""

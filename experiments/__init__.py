@@ -1,0 +1,1 @@
+"""One binary a question; `common` has what they share."""

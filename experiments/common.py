@@ -178,7 +178,6 @@ def write_json(file: Path, content: Any) -> None:
 
 def start(main: Callable[[], None]) -> None:
     """Starts a binary; what the user can mend is said in one sentence, without a traceback."""
-
     logging.set_verbosity(logging.WARNING)
 
     def guarded(argv: list[str]) -> None:

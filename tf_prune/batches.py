@@ -80,16 +80,15 @@ class Batches:
         return self._read()
 
     def _read(self) -> Iterator[Batch]:
-        data = self._data
-        if data is None:
+        source = self._data
+        if source is None:
             raise ValueError(
                 "This method scores weights by the loss on examples, but data is None. Pass data=(x, y), or an "
                 "iterable of such batches."
             )
-        if isinstance(data, keras.utils.PyDataset):
-            data = (data[i] for i in range(data.num_batches))
+        stream = (source[i] for i in range(source.num_batches)) if isinstance(source, keras.utils.PyDataset) else source
         index = -1
-        for index, batch in enumerate(data):
+        for index, batch in enumerate(stream):
             yield _check_batch(batch, index)
         if index < 0:
             raise ValueError("data is empty: it gave no batch. If it is a generator, it may have been read before.")

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from tf_prune.batches import Batches
 from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
 from tf_prune.masks import check_sparsity
 from tf_prune.prunable import Filters
@@ -49,6 +50,10 @@ class PruneBeforeTraining(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Prunes, the first time."""
+        if not self.model.built and self.data is not None:
+            # A subclassed model gets its weights at the first call, which would be after this.
+            x = next(iter(Batches(self.data).take(1)))[0]
+            self.model(keras.tree.map_structure(lambda leaf: leaf[:1], x))
         if self.report is None:
             self.report = prune(self.model, self.method, self.sparsity, self.data, self.loss, **self.options)
 

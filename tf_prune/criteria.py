@@ -91,7 +91,7 @@ class SynapticFlow:
     >>> SynapticFlow()
     SynapticFlow()
 
-    Source: Tanaka et al. 2020, Eq. 2 and Algorithm 1. Deviation: a final softmax is left out, since its sum is constant.
+    Source: Tanaka et al. 2020, Eq. 2 and Algorithm 1. Deviation: a final softmax is left out.
     """
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:

@@ -54,7 +54,8 @@ def _check_fits(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.
     unknown = [path for path in masks if path not in variables]
     if unknown:
         raise ValueError(
-            f"The masks name {unknown[0]!r}, which is not a prunable variable of this model. It has: {', '.join(variables)}."
+            f"The masks name {unknown[0]!r}, which is not a prunable variable of this model. "
+            f"It has: {', '.join(variables)}."
         )
     for path, mask in masks.items():
         if mask.shape != tuple(variables[path].shape):
@@ -119,7 +120,7 @@ def masks_of(model: keras.Model) -> Masks:
     """
     return Masks(
         {
-            path: keras.ops.convert_to_numpy(variable.constraint.mask)
+            path: np.asarray(variable.constraint.mask)
             for path, variable in find_prunable(model).prunable.items()
             if isinstance(variable.constraint, _MaskConstraint)
         }

@@ -21,6 +21,7 @@ from rich.table import Table
 from tf_prune.batches import Batches
 from tf_prune.enforcement import masks_of
 from tf_prune.prunable import find_prunable
+from tf_prune.tflite import constants
 
 _ENCODINGS = ("dense", "sparse")
 
@@ -131,7 +132,6 @@ def export(
         ValueError: If a pruned weight is not zero, or the input's shape is unknown.
 
     Example:
-
         report = tf_prune.export(model, "saved_models/lenet", data=(x_test, y_test))
         print(report)
     """
@@ -154,7 +154,7 @@ def export(
         names = _write_saved_model(model, examples, work / "saved_model")
         files = {encoding: _convert(work / "saved_model", encoding) for encoding in _ENCODINGS}
         encoding = min(_ENCODINGS, key=lambda name: len(files[name]))
-        inputs = (x for x, _, _ in batches) if batches.given else iter([examples])
+        inputs = (_as_inputs(model, x) for x, _, _ in batches) if batches.given else iter([examples])
         count, difference, agreement = _compare(
             model, interpreter_class(model_content=files[encoding]), names, inputs, tolerance
         )
@@ -179,7 +179,8 @@ def _litert_interpreter() -> Callable[..., Any]:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
         raise ImportError(
-            "export runs what it wrote with LiteRT, which is not installed. Install it with: pip install 'tf_prune[litert]'"
+            "export runs what it wrote with LiteRT, which is not installed. Install it with: "
+            "pip install 'tf_prune[litert]'"
         ) from error
     return Interpreter
 
@@ -187,7 +188,7 @@ def _litert_interpreter() -> Callable[..., Any]:
 def _first_input(model: keras.Model, batches: Batches) -> Any:
     """One batch of inputs: of the data, or random ones of the shape that the model says."""
     if batches.given:
-        return next(iter(batches.take(1)))[0]
+        return _as_inputs(model, next(iter(batches.take(1)))[0])
     inputs = getattr(model, "inputs", None)
     if not inputs or any(None in tensor.shape[1:] for tensor in inputs):
         raise ValueError(
@@ -199,6 +200,15 @@ def _first_input(model: keras.Model, batches: Batches) -> Any:
     return arrays[0] if len(arrays) == 1 else arrays
 
 
+def _as_inputs(model: keras.Model, x: Any) -> Any:
+    """The examples in the dtypes that the model takes: NumPy's float64 is not what a file should ask for."""
+    leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(x)]
+    dtypes = [tensor.dtype for tensor in getattr(model, "inputs", None) or []]
+    if len(dtypes) != len(leaves):
+        dtypes = [keras.config.floatx() if leaf.dtype == np.float64 else leaf.dtype for leaf in leaves]
+    return keras.tree.pack_sequence_as(x, [a.astype(d, copy=False) for a, d in zip(leaves, dtypes, strict=True)])
+
+
 def _write_saved_model(model: keras.Model, examples: Any, directory: Path) -> list[str]:
     """Writes it and returns the names of its inputs, in the order of the flattened examples."""
     leaves = keras.tree.flatten(examples)
@@ -206,7 +216,7 @@ def _write_saved_model(model: keras.Model, examples: Any, directory: Path) -> li
     if len(set(names)) != len(leaves):
         names = [f"input_{i}" for i in range(len(leaves))]
     specs = [
-        tf.TensorSpec((None, *np.shape(leaf)[1:]), tf.as_dtype(np.asarray(leaf).dtype), name)
+        tf.TensorSpec((None, *leaf.shape[1:]), tf.as_dtype(leaf.dtype), name)
         for name, leaf in zip(names, leaves, strict=True)
     ]
     signature = keras.tree.pack_sequence_as(examples, specs)
@@ -236,7 +246,7 @@ def _compare(
     count, difference, largest = 0, 0.0, 1.0
     agreements: list[np.ndarray] = []
     for x in inputs:
-        leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(x)]
+        leaves = keras.tree.flatten(x)
         outputs = model(x, training=False)
         got = runner(**dict(zip(names, leaves, strict=True)))
         keys = sorted(outputs) if isinstance(outputs, dict) else [f"output_{i}" for i in range(len(got))]
@@ -272,7 +282,7 @@ def _move_into(work: Path, directory: Path) -> None:
 
 def _layer_sparsities(prunable: dict[str, keras.Variable], content: bytes) -> tuple[LayerSparsity, ...]:
     """Finds each kernel in the file by its pattern of zeros; names there do not survive conversion."""
-    patterns = _nonzero_patterns(content)
+    patterns = [constant != 0 for constant in constants(content) if constant.ndim > 1]
     found: dict[str, float] = {}
     kernels = {path: np.asarray(variable) != 0 for path, variable in prunable.items()}
     # The sparsest first: the fewer weights a kernel has left, the less can pass for it.
@@ -298,54 +308,3 @@ def _find(kernel: np.ndarray, patterns: list[np.ndarray]) -> int | None:
                 best = max(best or (-1, -1), (int(pattern.sum()), i))
                 break
     return None if best is None else best[1]
-
-
-def _nonzero_patterns(content: bytes) -> list[np.ndarray]:
-    """Where each constant float tensor of rank 2 or more in a TF-Lite file is not zero, sparse ones decoded."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    flatbuffer = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    patterns = []
-    for graph in flatbuffer.subgraphs:
-        for tensor in graph.tensors:
-            data = flatbuffer.buffers[tensor.buffer].data
-            if data is None or tensor.type != schema.TensorType.FLOAT32 or len(tensor.shape) < 2:
-                continue
-            values = np.asarray(data, np.uint8).view(np.float32)
-            patterns.append(_decode(values, tensor) != 0)
-    return patterns
-
-
-def _decode(values: np.ndarray, tensor: Any) -> np.ndarray:
-    """A constant tensor as a plain array, from its plain or its sparse encoding (TF-Lite's `SparsityParameters`)."""
-    shape = tuple(tensor.shape)
-    if tensor.sparsity is None:
-        return values.reshape(shape)
-    # Level by level: the coordinates of everything stored so far, one column a level.
-    coordinates = np.zeros((1, 0), np.int64)
-    for metadata in tensor.sparsity.dimMetadata:
-        if metadata.arraySegments is None:
-            column = np.tile(np.arange(metadata.denseSize), len(coordinates))
-            coordinates = np.repeat(coordinates, metadata.denseSize, axis=0)
-        else:
-            column = np.asarray(metadata.arrayIndices.values, np.int64)
-            counts: Any = np.diff(np.asarray(metadata.arraySegments.values, np.int64))
-            coordinates = np.repeat(coordinates, counts, axis=0)
-        coordinates = np.column_stack([coordinates, column])
-    blocks = [] if tensor.sparsity.blockMap is None else list(tensor.sparsity.blockMap)
-    index = np.zeros((len(coordinates), len(shape)), np.int64)
-    levels = list(tensor.sparsity.traversalOrder)
-    for level, axis in enumerate(levels):
-        if axis < len(shape):
-            index[:, axis] += coordinates[:, level] * _block_size(tensor, levels, blocks, axis)
-        else:
-            index[:, blocks[axis - len(shape)]] += coordinates[:, level]
-    dense = np.zeros(shape, values.dtype)
-    dense[tuple(index.T)] = values[: len(index)]
-    return dense
-
-
-def _block_size(tensor: Any, levels: list[int], blocks: list[int], axis: int) -> int:
-    if axis not in blocks:
-        return 1
-    return int(tensor.sparsity.dimMetadata[levels.index(len(tensor.shape) + blocks.index(axis))].denseSize)

@@ -80,7 +80,7 @@ def _logits(outputs: tf.Tensor, loss: keras.losses.Loss) -> tf.Tensor:
 
 
 def _describe(part: Any) -> str:
-    leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
+    leaves = [keras.ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
     return ", ".join(f"{a.dtype}{list(a.shape)} from {a.min():g} to {a.max():g}" for a in leaves if a.size)
 
 
@@ -111,7 +111,7 @@ class Derivatives:
 
     def weights(self) -> Arrays:
         """The weights as they are, in float32."""
-        return {path: np.asarray(variable, dtype=np.float32) for path, variable in self.variables.items()}
+        return {path: np.asarray(variable).astype(np.float32, copy=False) for path, variable in self.variables.items()}
 
     def gradient(self, batches: Batches, masks: MaskMapping | None = None, *, training: bool = True) -> Arrays:
         """Gradient of the mean loss at the masked weights, by every weight: `dL(w) / dw` at `w = mask * weight`.

@@ -9,6 +9,7 @@ import numbers
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ _FORMAT = "tf_prune masks 1"
 
 
 def check_sparsity(sparsity: Any) -> float:
-    """Returns `sparsity` as a float in [0, 1), or raises a `ValueError` that says how to fix it."""
+    """Returns the sparsity as a float, or raises an error that says how to fix it.
+
+    Args:
+        sparsity: Fraction in [0, 1) of weights to remove.
+
+    Raises:
+        ValueError: If it is no number, or outside of [0, 1).
+
+    >>> check_sparsity(0.9)
+    0.9
+    """
     if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
         raise ValueError(
             f"sparsity must be a number in [0, 1), the fraction of weights removed; got {sparsity!r} "
@@ -149,7 +160,7 @@ class Masks(Mapping[str, np.ndarray]):
             ValueError: If the file is damaged or is not a file of masks.
         """
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 if str(arrays["format"]) != _FORMAT:
                     raise ValueError(f"its format is {str(arrays['format'])!r}")
                 masks = {}
@@ -159,7 +170,7 @@ class Masks(Mapping[str, np.ndarray]):
                     masks[str(arrays[f"path_{i}"])] = bits.reshape(shape)
         except FileNotFoundError:
             raise
-        except (ValueError, KeyError, OSError, EOFError, IndexError, AttributeError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
                 f"{os.fspath(file)!r} is not a whole file of masks ({error}). Expected a file written by Masks.save."
             ) from error

@@ -174,7 +174,8 @@ def _as_iterative(method: Method) -> Iterative:
         return method
     if isinstance(method, (str, type)) or not hasattr(method, "scores"):
         raise ValueError(
-            f"method must be one of {', '.join(map(repr, METHODS))}, or an object such as tf_prune.SNIP(); got {method!r}."
+            f"method must be one of {', '.join(map(repr, METHODS))}, or an object such as tf_prune.SNIP(); "
+            f"got {method!r}."
         )
     return Iterative(method)
 

@@ -1,0 +1,116 @@
+import keras
+import numpy as np
+import pytest
+
+import tf_prune
+from tests import helpers
+
+DATA = [helpers.batch(seed=i) for i in range(2)]
+CALLBACKS = {
+    "snip": lambda **o: tf_prune.SnipPruning(0.8, DATA, **o),
+    "grasp": lambda **o: tf_prune.GraspPruning(0.8, DATA, **o),
+    "force": lambda **o: tf_prune.ForcePruning(0.8, DATA, num_steps=3, verbose=0, **o),
+    "iterative_snip": lambda **o: tf_prune.IterativeSnipPruning(0.8, DATA, num_steps=3, verbose=0, **o),
+    "synflow": lambda **o: tf_prune.SynflowPruning(0.8, num_steps=3, verbose=0, **o),
+    "magnitude": lambda **o: tf_prune.MagnitudePruning(0.8, **o),
+    "random": lambda **o: tf_prune.RandomPruning(0.8, **o),
+}
+
+
+def fit(model, *callbacks, epochs=1):
+    x, y = helpers.batch(32)
+    return model.fit(x, y, batch_size=16, epochs=epochs, callbacks=list(callbacks), verbose=0)
+
+
+@pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS.keys())
+@pytest.mark.parametrize("name", ["conv_bn", "residual", "subclassed", "nested"])
+@pytest.mark.filterwarnings("ignore:.*left no weight in")
+def test_fit_prunes_a_plain_model_and_keeps_it_pruned(make, name):
+    if name == "subclassed" and make is CALLBACKS["synflow"]:
+        pytest.skip("a subclassed model does not say its input's shape; the callback without data cannot either")
+    model = helpers.build(name, optimizer=keras.optimizers.Adam(0.01))
+    callback = make()
+    fit(model, callback, epochs=2)
+    total = callback.report.masks.num_weights
+    assert callback.report.masks.num_kept == tf_prune.masks_of(model).num_kept == total - -(-8 * total // 10)
+    helpers.assert_masks_hold(model, callback.report.masks)
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.filterwarnings("ignore:.*left no weight in")
+def test_a_callback_prunes_as_the_function_of_its_name(name):
+    method = {
+        "force": tf_prune.FORCE(num_steps=3),
+        "iterative_snip": tf_prune.IterativeSNIP(num_steps=3),
+        "synflow": tf_prune.SynFlow(num_steps=3),
+    }.get(name, name)
+    report = tf_prune.prune(helpers.build("mlp"), method, 0.8, DATA, verbose=0)
+    callback = CALLBACKS[name]()
+    fit(helpers.build("mlp"), callback)
+    assert callback.report.masks == report.masks
+
+
+def test_a_model_that_only_fit_builds_is_pruned_too():
+    model = helpers.Subclassed()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    callback = tf_prune.SnipPruning(0.8, DATA)
+    fit(model, callback)
+    helpers.assert_masks_hold(model, callback.report.masks)
+
+
+def test_a_second_fit_keeps_the_masks_and_prunes_no_more():
+    model = helpers.build("mlp")
+    callback = tf_prune.SnipPruning(0.8, DATA)
+    fit(model, callback)
+    masks = callback.report.masks
+    fit(model, callback)
+    fit(model)
+    assert tf_prune.masks_of(model) == masks
+    helpers.assert_masks_hold(model, masks)
+
+
+def test_the_moving_average_that_fit_writes_back_is_pruned():
+    model = helpers.build("mlp", optimizer=keras.optimizers.Adam(0.01, use_ema=True))
+    fit(model)
+    callback = tf_prune.SnipPruning(0.8, DATA)
+    fit(model, callback)
+    helpers.assert_masks_hold(model, callback.report.masks)
+
+
+def test_swapped_in_averages_are_pruned():
+    model = helpers.build("mlp", optimizer=keras.optimizers.Adam(0.01, use_ema=True))
+    callback = tf_prune.SnipPruning(0.8, DATA)
+    fit(model, callback, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+    helpers.assert_masks_hold(model, callback.report.masks)
+
+
+def test_every_checkpoint_is_sparse(tmp_path):
+    model = helpers.build("mlp", optimizer=keras.optimizers.Adam(0.01))
+    callback = tf_prune.SnipPruning(0.8, DATA)
+    file = str(tmp_path / "{epoch}.weights.h5")
+    fit(model, callback, keras.callbacks.ModelCheckpoint(file, save_weights_only=True), epochs=2)
+    for epoch in (1, 2):
+        fresh = helpers.build("mlp")
+        fresh.load_weights(tmp_path / f"{epoch}.weights.h5")
+        helpers.assert_masks_hold(fresh, callback.report.masks)
+
+
+def test_options_reach_the_pruning():
+    callback = tf_prune.MagnitudePruning(0.5, scope="layerwise", filters="hidden")
+    fit(helpers.build("mlp"), callback)
+    assert [int(mask.sum()) for mask in callback.report.masks.values()] == [288]
+
+
+@pytest.mark.parametrize("sparsity", [95, -0.1, float("nan")])
+def test_a_wrong_sparsity_is_an_error_when_the_callback_is_made(sparsity):
+    with pytest.raises(ValueError, match="sparsity must be in"):
+        tf_prune.ForcePruning(sparsity, DATA)
+
+
+def test_an_error_in_scoring_ends_fit_before_the_first_step():
+    model = helpers.build("mlp")
+    before = helpers.state(model)
+    with pytest.raises(ValueError, match="data is None"):
+        fit(model, tf_prune.SnipPruning(0.8, None))
+    for a, b in zip(before, helpers.state(model), strict=False):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,226 @@
+"""The battery: every method of the table, over every model of the table."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+
+import tf_prune
+from tests import helpers
+from tf_prune.masks import num_kept
+
+EVERY = pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.METHODS.keys())
+ON_EVERY_MODEL = pytest.mark.parametrize("name", helpers.MODELS)
+
+
+def criterion_of(method):
+    return getattr(method, "criterion", method)
+
+
+def score(model, method, **options):
+    return tf_prune.score(model, method, helpers.batch(), **options)
+
+
+@EVERY
+@ON_EVERY_MODEL
+def test_scores_are_finite_have_the_kernels_form_and_leave_the_model(method, name):
+    model = helpers.build(name)
+    before = helpers.state(model)
+    scores = score(model, method)
+    prunable = tf_prune.find_prunable(model).prunable
+    assert list(scores) == list(prunable)
+    for path, values in scores.items():
+        assert values.shape == tuple(prunable[path].shape)
+        assert values.dtype == np.float32
+        assert np.isfinite(values).all()
+    helpers.assert_same_state(before, model)
+
+
+@EVERY
+@ON_EVERY_MODEL
+@pytest.mark.parametrize("scope", tf_prune.SCOPES)
+@pytest.mark.filterwarnings("ignore:.*left no weight in")  # small nets, high sparsity
+def test_counts_are_exact(method, name, scope):
+    model = helpers.build(name)
+    sizes = [score.size for score in score(model, "magnitude").values()]
+    sparsity = 0.8125
+    report = tf_prune.prune(model, method, sparsity, helpers.batch(), scope=scope, verbose=0)
+    expected = [num_kept(size, sparsity) for size in (sizes if scope == "layerwise" else [sum(sizes)])]
+    assert report.masks.num_kept == sum(expected)
+    if scope == "layerwise":
+        assert [int(mask.sum()) for mask in report.masks.values()] == expected
+    helpers.assert_masks_hold(model, report.masks)
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:.*left no weight in")  # small nets, high sparsity
+def test_the_same_seed_gives_the_same_masks(method):
+    masks = []
+    for _ in range(2):
+        masks.append(tf_prune.prune(helpers.build("conv_bn"), method, 0.9, helpers.batch(), verbose=0).masks)
+    assert masks[0] == masks[1]
+
+
+@EVERY
+def test_permuting_hidden_units_permutes_the_scores(method):
+    if isinstance(method, tf_prune.Random):
+        pytest.skip("random scores know no unit")
+    model, permuted = helpers.build("mlp"), helpers.build("mlp")
+    order = np.random.default_rng(0).permutation(16)
+    a, bias, b, head_bias = model.get_weights()
+    permuted.set_weights([a[:, order], bias[order], b[order], head_bias])
+    (first, second), (first_p, second_p) = (tuple(score(m, method).values()) for m in (model, permuted))
+    np.testing.assert_allclose(first_p, first[:, order], rtol=2e-4, atol=1e-6 * np.abs(first).max())
+    np.testing.assert_allclose(second_p, second[order], rtol=2e-4, atol=1e-6 * np.abs(second).max())
+
+
+@EVERY
+def test_scores_are_in_the_models_own_dtype_policy(method):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = helpers.build("conv_bn")
+    report = tf_prune.prune(model, method, 0.5, helpers.batch(), verbose=0)
+    helpers.assert_masks_hold(model, report.masks)
+
+
+@EVERY
+def test_a_dead_unit_makes_ties_and_counts_stay_exact(method):
+    # A hidden unit that never fires: SNIP, GraSP and FORCE give all its weights a score of exactly 0.
+    model = helpers.build("mlp")
+    bias = model.get_layer("hidden").bias
+    bias.assign(np.where(np.arange(16) < 8, -1e3, 0.0))
+    report = tf_prune.prune(model, method, 0.25, helpers.batch(), verbose=0)
+    assert report.masks.num_kept == num_kept(36 * 16 + 16 * 4, 0.25)
+
+
+@EVERY
+def test_methods_are_values(method):
+    assert dataclasses.replace(method) == method
+    assert hash(method) == hash(dataclasses.replace(method))
+
+
+def test_every_name_of_the_string_table_is_in_the_tests_table():
+    assert list(tf_prune.METHODS) == list(helpers.METHODS)
+
+
+def test_snip_is_the_derivative_by_an_explicit_mask():
+    # score = |dL(c * w) / dc| at c = 1, here by central differences of the loss in c.
+    model = helpers.float64_mlp()
+    generator = np.random.default_rng(1)
+    x, y = generator.standard_normal((9, 5)), generator.integers(0, 3, 9)
+    scores = tf_prune.score(model, "snip", (x, y))
+    variables = tf_prune.find_prunable(model).prunable
+    for path, variable in variables.items():
+        weight = np.asarray(variable).copy()
+        for index in [(0, 0), (1, 2), (3, 1)]:
+            losses = []
+            for c in (1 + 1e-5, 1 - 1e-5):
+                moved = weight.copy()
+                moved[index] *= c
+                variable.assign(moved)
+                losses.append(float(model.loss(y, model(x))))
+            variable.assign(weight)
+            assert scores[path][index] == pytest.approx(abs(losses[0] - losses[1]) / 2e-5, rel=1e-5, abs=1e-10)
+
+
+def test_grasp_removes_the_weights_whose_removal_costs_the_least_gradient_norm():
+    # To first order, shrinking a weight by a fraction e changes |g|^2 by -2 e w Hg: the paper's sign.
+    model = helpers.float64_mlp()
+    generator = np.random.default_rng(1)
+    data = generator.standard_normal((9, 5)), generator.integers(0, 3, 9)
+    scores = tf_prune.score(model, tf_prune.GraSP(temperature=1.0), data)
+    variables = tf_prune.find_prunable(model).prunable
+
+    def norm():
+        snip = tf_prune.score(model, "snip", data)
+        weights = {path: np.asarray(v) for path, v in variables.items()}
+        return sum(((snip[path] / weights[path]) ** 2).sum(dtype=np.float64) for path in snip)
+
+    for path, variable in variables.items():
+        weight = np.asarray(variable).copy()
+        index = np.unravel_index(np.abs(scores[path]).argmax(), weight.shape)
+        norms = []
+        for c in (1.01, 0.99):
+            moved = weight.copy()
+            moved[index] *= c
+            variable.assign(moved)
+            norms.append(norm())
+        variable.assign(weight)
+        assert 2 * scores[path][index] == pytest.approx((norms[0] - norms[1]) / 0.02, rel=1e-2)
+
+
+def test_a_temperature_flattens_the_predictions_and_changes_the_ranking():
+    model = helpers.build("mlp")
+    hot, cold = (score(model, tf_prune.GraSP(temperature=t)) for t in (200.0, 1.0))
+    ranks = [np.argsort(np.concatenate([s.ravel() for s in scores.values()])) for scores in (hot, cold)]
+    assert not np.array_equal(*ranks)
+
+
+def test_scaling_the_loss_keeps_the_snip_mask():
+    def four_times(y, z):
+        return 4.0 * keras.losses.sparse_categorical_crossentropy(y, z, from_logits=True)
+
+    model = helpers.build("mlp")
+    one, four = (tf_prune.score(model, "snip", helpers.batch(), loss=loss) for loss in (None, four_times))
+    assert tf_prune.masks_from_scores(one, 0.7) == tf_prune.masks_from_scores(four, 0.7)
+
+
+def test_synflow_is_conserved_from_layer_to_layer():
+    keras.utils.set_random_seed(0)
+    layer = keras.layers.Conv2D
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layer(5, 3, activation="relu", use_bias=False),
+            layer(7, 3, strides=2, activation="relu", use_bias=False),
+            keras.layers.Flatten(),
+            keras.layers.Dense(6, "relu", use_bias=False),
+            keras.layers.Dense(4, use_bias=False),
+        ]
+    )
+    sums = [values.sum(dtype=np.float64) for values in tf_prune.score(model, "synflow").values()]
+    np.testing.assert_allclose(sums, sums[0], rtol=1e-5)
+
+
+def test_synflow_is_conserved_at_each_hidden_unit():
+    model = helpers.build("mlp")
+    into, out = tf_prune.score(model, "synflow").values()
+    np.testing.assert_allclose(into.sum(0), out.sum(1), rtol=1e-5)
+
+
+def test_synflow_empties_no_layer_where_magnitude_does():
+    keras.utils.set_random_seed(0)
+    widths = [64] * 6
+    model = keras.Sequential(
+        [keras.Input((64,)), *(keras.layers.Dense(w, "relu", use_bias=False) for w in widths), keras.layers.Dense(10)]
+    )
+    model.layers[3].kernel.assign(model.layers[3].kernel * 0.01)
+    total = sum(s.size for s in tf_prune.score(model, "magnitude").values())
+    sparsity = 1 - 40 / total
+    report = tf_prune.prune(keras.models.clone_model(model), "synflow", sparsity, verbose=0)
+    assert not report.emptied
+    assert report.masks.num_kept == 40
+    with pytest.warns(UserWarning, match="left no weight in"):
+        assert tf_prune.prune(model, "magnitude", sparsity).emptied
+
+
+def test_magnitude_is_the_absolute_weight():
+    model = helpers.build("mlp")
+    scores = tf_prune.score(model, "magnitude")
+    for path, variable in tf_prune.find_prunable(model).prunable.items():
+        np.testing.assert_array_equal(scores[path], np.abs(np.asarray(variable)))
+
+
+def test_random_scores_differ_by_seed_and_look_uniform():
+    model = helpers.build("mlp")
+    a, b = (np.concatenate([s.ravel() for s in tf_prune.score(model, tf_prune.Random(i)).values()]) for i in (0, 1))
+    assert not np.array_equal(a, b)
+    assert 0.4 < a.mean() < 0.6
+    assert a.min() >= 0
+    assert a.max() < 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_an_error(temperature):
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        tf_prune.GraSP(temperature=temperature)

@@ -1,0 +1,154 @@
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+import tf_prune
+from experiments import common, compare_methods, datasets, models, prune_at_init
+
+ROOT = pathlib.Path(__file__).parent.parent
+# From the papers, and from shared counts of their code.
+PRUNABLE = {
+    ("vgg19", (32, 32, 3)): (20_024_000, 17),
+    ("resnet32x2", (32, 32, 3)): (1_855_584, 34),
+    ("lenet_300_100", (28, 28, 1)): (266_200, 3),
+    ("lenet_5_caffe", (28, 28, 1)): (430_500, 4),
+    ("resnet8", (32, 32, 3)): (77_360, 10),
+    ("digits_convnet", (8, 8, 1)): (60_688, 5),
+}
+
+
+@pytest.mark.parametrize(("model", "expected"), PRUNABLE.items(), ids=lambda value: value[0])
+def test_networks_have_the_prunable_weights_of_their_papers(model, expected):
+    network = models.build(*model, 10)
+    kernels = tf_prune.find_prunable(network).prunable.values()
+    assert (sum(int(np.prod(v.shape)) for v in kernels), len(kernels)) == expected
+    assert network.output_shape == (None, 10)
+
+
+def test_every_network_is_in_the_table_of_sizes():
+    assert {name for name, _ in PRUNABLE} == set(models.MODELS)
+
+
+def test_names_of_runs_never_change():
+    # A run's name is how a comparison finds what is done; a new field must not rename older runs.
+    golden = {
+        common.Config(): "digits_convnet-digits-force-0.95-seed0-44136fa3",
+        common.Config(method="snip", sparsity=0.9, seed=2): "digits_convnet-digits-snip-0.9-seed2-b49b7ba6",
+        common.Config(
+            model="lenet_300_100", dataset="mnist", epochs=10
+        ): "lenet_300_100-mnist-force-0.95-seed0-2ce0685b",
+    }
+    assert [config.name for config in golden] == list(golden.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*left no weight in")
+def test_the_main_job_writes_what_it_says(tmp_path, capsys):
+    with flagsaver.flagsaver(
+        epochs=1, num_steps=3, output_dir=str(tmp_path / "results"), export_dir=str(tmp_path / "exported")
+    ):
+        prune_at_init.main()
+    name = dataclasses.replace(common.Config(), epochs=1, num_steps=3).name
+    results = json.loads((tmp_path / "results" / name / "results.json").read_text())
+    assert results["pruned"]["sparsity"] == pytest.approx(0.95, abs=1e-4)
+    assert results["dense"]["sparsity"] == 0
+    assert results["config"]["epochs"] == 1
+    picture = (tmp_path / "results" / name / "kept_weights.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path / "exported" / name)) == ["model.tflite", "report.json", "saved_model"]
+    shown = capsys.readouterr().out
+    for text in ("test accuracy", "dense", "force", "95.00%", "TF-Lite bytes"):
+        assert text in shown
+
+
+@pytest.mark.filterwarnings("ignore:.*left no weight in")
+def test_a_comparison_prints_its_table_and_does_nothing_twice(tmp_path, capsys, monkeypatch):
+    arguments = {
+        "epochs": 1,
+        "num_steps": 2,
+        "score_batches": 1,
+        "methods": ["snip", "random"],
+        "sparsities": ["0.5", "0.9"],
+        "seeds": ["0", "1"],
+        "output_dir": str(tmp_path),
+    }
+    with flagsaver.flagsaver(**arguments):
+        compare_methods.main()
+        first = capsys.readouterr().out
+        assert len(list((tmp_path / "runs").iterdir())) == 2 + 8
+        monkeypatch.setattr(common, "train", lambda *_: 1 / 0)
+        compare_methods.main()
+    assert capsys.readouterr().out == first
+    lines = first.strip().splitlines()
+    assert lines[0] == "| method | 50 % | 90 % |"
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["dense", "snip", "random"]
+    assert lines[3].count("±") == 2
+
+
+def test_the_same_seed_trains_the_same_network():
+    data = datasets.load("digits")
+    config = common.Config(method="random", epochs=1)
+    accuracies = [common.train(config, data)[1]["accuracy"] for _ in range(2)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_digits_are_split_the_same_way_each_time_and_normalized():
+    one, other = datasets.load("digits"), datasets.load("digits")
+    np.testing.assert_array_equal(one.x_test, other.x_test)
+    assert one.x_train.shape == (1437, 8, 8, 1)
+    assert abs(one.x_train.mean()) < 0.02
+    assert abs(one.x_train.std() - 1) < 0.02
+
+
+def test_augmented_images_keep_their_shape_and_change():
+    x = np.random.default_rng(0).random((8, 32, 32, 3)).astype(np.float32)
+    data = datasets.Dataset(x, np.zeros(8, np.int64), x, np.zeros(8, np.int64), 10, augment=True)
+    (batch,) = common.batches(data, common.Config(batch_size=8))
+    assert batch[0].shape == (8, 32, 32, 3)
+    assert not np.array_equal(np.sort(batch[0].numpy().ravel()), np.sort(x.ravel()))
+
+
+@pytest.mark.filterwarnings("ignore")  # of TensorFlow Datasets and what it imports
+def test_data_that_is_not_to_be_had_ends_in_one_clear_sentence(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: 1 / 0)
+    with pytest.raises(datasets.DatasetNotFoundError, match=r"no prepared 'mnist' in .*: pass --data_dir"):
+        datasets.load("mnist", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--sparsity=95",
+            "error: sparsity must be in [0, 1), the fraction of weights removed; got 95.0. Did you mean 0.95?",
+        ),
+        ("stray", "error: unexpected arguments ['stray']; flags are written --name=value"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_clear_sentence(flag, message, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.prune_at_init",
+        flag,
+        f"--output_dir={tmp_path}",
+        f"--export_dir={tmp_path}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == message
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_networks_are_built_without_a_trace_of_the_session():
+    one, other = (models.build("lenet_300_100", (28, 28, 1), 10) for _ in range(2))
+    assert not np.array_equal(*(np.asarray(m.layers[1].kernel) for m in (one, other)))
+    assert isinstance(one, keras.Model)

@@ -1,0 +1,205 @@
+import itertools
+
+import numpy as np
+import pytest
+
+import tf_prune
+from tests import helpers
+from tf_prune import pruning
+from tf_prune.batches import Batches
+from tf_prune.gradients import Derivatives
+
+
+def masks_at_each_step(monkeypatch, model, method, sparsity, data):
+    steps = []
+    original = pruning.masks_from_scores
+
+    def recorded(*args, **kwargs):
+        steps.append(original(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(pruning, "masks_from_scores", recorded)
+    tf_prune.prune(model, method, sparsity, data, verbose=0)
+    return steps
+
+
+def flat(masks):
+    return np.concatenate([mask.ravel() for mask in masks.values()])
+
+
+@pytest.mark.parametrize("method", [tf_prune.FORCE(num_steps=1), tf_prune.IterativeSNIP(num_steps=1)])
+@pytest.mark.parametrize("name", ["mlp", "conv_bn", "recurrent"])
+@pytest.mark.filterwarnings("ignore:.*left no weight in")  # small nets, high sparsity
+def test_one_step_equals_snip(method, name):
+    data = helpers.batch()
+    one = tf_prune.prune(helpers.build(name), method, 0.9, data, verbose=0)
+    snip = tf_prune.prune(helpers.build(name), "snip", 0.9, data)
+    assert one.masks == snip.masks
+
+
+@pytest.mark.parametrize("schedule", ["linear", "exponential"])
+def test_iterative_snip_never_revives_a_weight(monkeypatch, schedule):
+    data = [helpers.batch(seed=i) for i in range(3)]
+    method = tf_prune.IterativeSNIP(num_steps=12, schedule=schedule)
+    steps = masks_at_each_step(monkeypatch, helpers.build("conv_bn"), method, 0.97, data)
+    assert len(steps) == 12
+    for before, after in itertools.pairwise(steps):
+        assert not (flat(after) & ~flat(before)).any()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "exponential"])
+def test_force_revives_weights(monkeypatch, schedule):
+    data = [helpers.batch(seed=i) for i in range(3)]
+    method = tf_prune.FORCE(num_steps=12, schedule=schedule)
+    steps = masks_at_each_step(monkeypatch, helpers.build("conv_bn"), method, 0.97, data)
+    revived = [(flat(after) & ~flat(before)).sum() for before, after in itertools.pairwise(steps)]
+    assert sum(revived) > 0
+
+
+def test_force_is_a_plain_loop_over_masked_gradients():
+    # Algorithm 1 of the paper, written out: dense weights, gradients of the masked network, top-k by sorting.
+    model = helpers.build("mlp")
+    data = [helpers.batch(seed=i) for i in range(2)]
+    derivatives = Derivatives(model, tf_prune.find_prunable(model).prunable)
+    weights = np.concatenate([w.ravel() for w in derivatives.weights().values()])
+    sizes = [w.size for w in derivatives.weights().values()]
+    shapes = {path: w.shape for path, w in derivatives.weights().items()}
+    mask = np.ones(weights.size, bool)
+    for t in range(1, 6):
+        parts = np.split(mask, np.cumsum(sizes)[:-1])
+        masks = {path: part.reshape(shape) for part, (path, shape) in zip(parts, shapes.items(), strict=True)}
+        gradients = derivatives.gradient(Batches(data[(t - 1) % 2]), masks)
+        scores = np.abs(weights * np.concatenate([g.ravel() for g in gradients.values()]))
+        kept = weights.size - int(np.ceil((1 - 0.1 ** (t / 5)) * weights.size - 1e-9))
+        mask = np.zeros(weights.size, bool)
+        mask[np.argsort(-scores, kind="stable")[:kept]] = True
+    report = tf_prune.prune(model, tf_prune.FORCE(num_steps=5), 0.9, data, verbose=0)
+    np.testing.assert_array_equal(flat(report.masks), mask)
+
+
+def test_each_step_takes_the_next_batch():
+    taken = []
+
+    class Data(list):
+        def __iter__(self):
+            for i in range(3):
+                taken.append(i)
+                yield helpers.batch(seed=i)
+
+    tf_prune.prune(helpers.build("mlp"), tf_prune.FORCE(num_steps=4, num_batches=2), 0.9, Data(), verbose=0)
+    assert taken == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_second_pruning_goes_on_from_the_first_and_never_brings_a_weight_back():
+    model = helpers.build("mlp")
+    first = tf_prune.prune(model, "grasp", 0.5, helpers.batch())
+    second = tf_prune.prune(model, tf_prune.FORCE(num_steps=3), 0.9, helpers.batch(), verbose=0)
+    assert not (flat(second.masks) & ~flat(first.masks)).any()
+    assert second.masks.num_kept == 64
+    with pytest.raises(ValueError, match=r"only 64 are not yet pruned.*remove_masks"):
+        tf_prune.prune(model, "snip", 0.2, helpers.batch())
+
+
+def test_filters_leave_other_layers_dense():
+    model = helpers.build("mlp")
+    report = tf_prune.prune(model, "magnitude", 0.9, filters="hidden")
+    assert len(report.masks) == 1
+    assert "not chosen by filters" in str(report)
+    assert np.all(np.asarray(model.get_layer("head").kernel))
+
+
+def test_the_report_shows_each_kernel_and_why_the_rest_is_left():
+    model = helpers.build("conv_bn")
+    text = str(tf_prune.prune(model, "snip", 0.9, helpers.batch()))
+    for path in tf_prune.find_prunable(model).prunable:
+        assert path in text
+    assert "left alone (a bias, scale, statistic" in text
+    assert "SNIP, global: 90." in text
+
+
+def test_an_emptied_layer_is_a_warning_and_in_the_report():
+    model = helpers.build("mlp")
+    model.get_layer("head").kernel.assign(np.full((16, 4), 1e-9))
+    with pytest.warns(UserWarning, match=r"Magnitude at sparsity 0.9 left no weight in .*head/kernel.*lower sparsity"):
+        report = tf_prune.prune(model, "magnitude", 0.9)
+    assert [path.split("/")[-2] for path in report.emptied] == ["head"]
+    assert "emptied" in str(report)
+
+
+def test_sparsity_zero_changes_nothing():
+    model = helpers.build("mlp")
+    before = helpers.state(model)
+    assert tf_prune.prune(model, "force", 0.0, helpers.batch(), verbose=0).sparsity == 0.0
+    helpers.assert_same_state(before, model)
+
+
+def test_a_progress_bar_shows_each_step_unless_silent(capsys):
+    method = tf_prune.FORCE(num_steps=3)
+    tf_prune.prune(helpers.build("mlp"), method, 0.9, helpers.batch(), verbose=1)
+    shown = capsys.readouterr().out
+    assert "3/3" in shown
+    assert "FORCE" in shown
+    assert "sparsity: 0.9" in shown
+    tf_prune.prune(helpers.build("mlp"), method, 0.9, helpers.batch(), verbose=0)
+    tf_prune.prune(helpers.build("mlp"), "snip", 0.9, helpers.batch(), verbose=1)
+    assert capsys.readouterr().out == ""
+
+
+def nan_weights(model):
+    model.get_layer("hidden").kernel.assign(np.full((36, 16), np.nan))
+
+
+X, Y = helpers.batch()
+BAD = {
+    "a percentage": ({"sparsity": 95}, ValueError, r"Did you mean 0\.95"),
+    "a negative sparsity": ({"sparsity": -0.1}, ValueError, r"in \[0, 1\).*got -0\.1"),
+    "a sparsity that is no number": ({"sparsity": float("nan")}, ValueError, "got nan"),
+    "nothing kept": ({"sparsity": 0.9999}, ValueError, r"keeps none of the 640 prunable weights"),
+    "no data": ({"data": None}, ValueError, r"data is None\. Pass data="),
+    "empty data": ({"data": []}, ValueError, "data is empty"),
+    "no examples": ({"data": (X[:0], Y[:0])}, ValueError, "Batch 0 of data is empty"),
+    "NaN in the data": ({"data": (np.full_like(X, np.nan), Y)}, ValueError, "NaN or infinity in its x"),
+    "labels out of range": ({"data": (X, Y + 4)}, ValueError, "y is int64.*from 4 to 7.*loss is"),
+    "images of another size": ({"data": (X[:, :3], Y)}, ValueError, "cannot be computed on this batch"),
+    "an unknown method": ({"method": "gra_sp"}, ValueError, "'grasp', 'force'.*got 'gra_sp'"),
+    "a class for an object": ({"method": tf_prune.SNIP}, ValueError, r"such as tf_prune\.SNIP\(\)"),
+    "an unknown scope": ({"scope": "layer"}, ValueError, "got 'layer'"),
+    "an unknown loss": ({"loss": "no_such_loss"}, ValueError, "no_such_loss"),
+    "weights that are NaN": ({"break_model": nan_weights}, ValueError, "scores of .*hidden/kernel.* are not finite"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_says_what_is_wrong_and_changes_nothing(change, error, message):
+    model = helpers.build("mlp")
+    change = dict(change)
+    change.pop("break_model", lambda model: None)(model)
+    before = helpers.state(model)
+    arguments = {"method": "snip", "sparsity": 0.9, "data": (X, Y), **change}
+    with pytest.raises(error, match=message):
+        tf_prune.prune(model, **arguments)
+    helpers.assert_same_state(before, model)
+    assert not tf_prune.masks_of(model)
+
+
+def test_a_legacy_model_is_refused_by_prune_and_score():
+    class Sequential:
+        pass
+
+    Sequential.__module__ = "tf_keras.src.engine.sequential"
+    for call in (lambda m: tf_prune.prune(m, "magnitude", 0.5), lambda m: tf_prune.score(m, "magnitude")):
+        with pytest.raises(TypeError, match="legacy Keras 2"):
+            call(Sequential())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
+        ({"schedule": "cubic"}, "schedule must be one of 'linear', 'exponential', got 'cubic'"),
+        ({"num_batches": 0}, "num_batches must be at least 1"),
+    ],
+)
+def test_a_wrong_option_is_an_error_when_the_method_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        tf_prune.FORCE(**options)
