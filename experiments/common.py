@@ -3,14 +3,10 @@
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-# Before TensorFlow is imported: its start-up notes are not results.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np

@@ -3,7 +3,9 @@
 `digits` comes with scikit-learn and needs no network; the others are read with TensorFlow Datasets.
 """
 
+import contextlib
 import dataclasses
+import socket
 
 import numpy as np
 
@@ -81,15 +83,26 @@ def _digits() -> Dataset:
 def _read(name: str, split: str, data_dir: str | None) -> dict[str, np.ndarray]:
     import tensorflow_datasets as tfds
 
-    where = data_dir or "TFDS's default folder"
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         if not builder.is_prepared():
+            if not _is_online():
+                raise ConnectionError("this machine has no network")
             builder.download_and_prepare()
         return tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
     except Exception as error:  # whatever the network, the disk or TFDS raises, the user's way out is the same
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = cause if len(cause) < 120 else cause[:120] + "..."
         raise DatasetNotFoundError(
-            f"TFDS found no prepared {name!r} in {where} and could not download it ({cause}): pass --data_dir with a "
-            "folder that holds it, or use --dataset=digits, which needs neither."
+            f"TFDS found no prepared {name!r} in {data_dir or 'its default folder'} and could not download it "
+            f"({cause}): pass --data_dir with a folder that holds it, or use --dataset=digits, which needs neither."
         ) from error
+
+
+def _is_online() -> bool:
+    """Whether any host that TFDS downloads these datasets from can be found: its own retries take minutes."""
+    for host in ("storage.googleapis.com", "www.cs.toronto.edu", "fashion-mnist.s3-website.eu-central-1.amazonaws.com"):
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(host, 443)
+            return True
+    return False

@@ -162,8 +162,20 @@ def test_a_saved_and_rebuilt_model_takes_its_masks_from_a_file(tmp_path):
     masks.save(tmp_path / "masks.npz")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     tf_prune.apply_masks(loaded, tf_prune.Masks.load(tmp_path / "masks.npz"))
+    again = tf_prune.masks_of(loaded)
+    assert all(np.array_equal(a, b) for a, b in zip(again.values(), masks.values(), strict=True))
     fit(loaded)
-    helpers.assert_masks_hold(loaded, masks)
+    helpers.assert_masks_hold(loaded, again)
+
+
+def test_masks_of_the_same_network_under_other_names_fit_and_of_another_one_do_not():
+    masks = tf_prune.prune(keras.Sequential([keras.Input((5,)), keras.layers.Dense(4)]), "random", 0.5).masks
+    same = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4)])
+    tf_prune.apply_masks(same, masks)
+    assert tf_prune.masks_of(same).num_kept == 10
+    wider = keras.Sequential([keras.Input((5,)), keras.layers.Dense(5)])
+    with pytest.raises(ValueError, match="not a prunable variable of this model"):
+        tf_prune.apply_masks(wider, masks)
 
 
 def test_a_masked_model_saves_no_mask(tmp_path):

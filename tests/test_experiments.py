@@ -116,11 +116,15 @@ def test_augmented_images_keep_their_shape_and_change():
 
 
 @pytest.mark.filterwarnings("ignore")  # of TensorFlow Datasets and what it imports
-def test_data_that_is_not_to_be_had_ends_in_one_clear_sentence(tmp_path, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+@pytest.mark.parametrize(("online", "cause"), [(False, "no network"), (True, "division by zero")])
+def test_data_that_is_not_to_be_had_ends_in_one_clear_sentence(online, cause, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(datasets, "_is_online", lambda: online)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: 1 / 0)
-    with pytest.raises(datasets.DatasetNotFoundError, match=r"no prepared 'mnist' in .*: pass --data_dir"):
+    with pytest.raises(datasets.DatasetNotFoundError, match=rf"no prepared 'mnist' in .*{cause}.*: pass --data_dir"):
         datasets.load("mnist", str(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,18 @@ def test_the_model_stays_exactly_as_it_was(name):
     helpers.assert_same_state(before, model)
 
 
+@pytest.mark.parametrize(("kind", "options"), [("gradient", {}), ("hessian_gradient", {"temperature": 200.0})])
+def test_float16_does_not_underflow(kind, options):
+    results = []
+    for policy in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(policy)
+        model = helpers.build("conv_bn")
+        values = getattr(derivatives_of(model), kind)(Batches(helpers.batch()), **options)
+        results.append(np.concatenate([v.ravel() for v in values.values()]))
+    assert np.corrcoef(*results)[0, 1] > 0.999
+    np.testing.assert_allclose(np.linalg.norm(results[1]), np.linalg.norm(results[0]), rtol=0.02)
+
+
 def test_nothing_is_traced_twice():
     model = helpers.build("conv_bn")
     derivatives = derivatives_of(model)

@@ -126,6 +126,20 @@ def test_an_emptied_layer_is_a_warning_and_in_the_report():
     assert "emptied" in str(report)
 
 
+@pytest.mark.parametrize("data", [helpers.batch(), None], ids=["on data", "without data"])
+def test_a_network_that_no_longer_sees_its_input_is_a_warning(data):
+    # Each kernel keeps a weight, but what goes into the second layer comes from a unit that the first one lost.
+    model = helpers.build("mlp")
+    hidden, head = np.full((36, 16), 1e-3), np.full((16, 4), 1e-3)
+    hidden[0, 0] = head[5, 0] = 1.0
+    model.get_layer("hidden").kernel.assign(hidden)
+    model.get_layer("head").kernel.assign(head)
+    with pytest.warns(UserWarning, match="cut every path: the outputs of the pruned network no longer depend"):
+        tf_prune.prune(model, "magnitude", 1 - 2 / 640, data)
+    x, _ = helpers.batch()
+    assert np.ptp(np.asarray(model(x)), axis=0).max() == 0
+
+
 def test_sparsity_zero_changes_nothing():
     model = helpers.build("mlp")
     before = helpers.state(model)

@@ -51,6 +51,9 @@ class Batches:
     Raises:
         ValueError: When read, if the data is missing, empty, endless where all of it is asked for, or not finite.
 
+    Attributes:
+        example: The first inputs that were read, up to 8; `None` before that.
+
     >>> [x.shape for x, y, _ in Batches((np.ones((4, 2)), np.ones(4)))]
     [(4, 2)]
     """
@@ -59,6 +62,7 @@ class Batches:
         if data is not None and not isinstance(data, (Iterable, keras.utils.PyDataset)):
             raise ValueError(f"data must be an (x, y) tuple or an iterable of such tuples, got {type(data).__name__}.")
         self._data: Any = [data] if isinstance(data, tuple) else data
+        self.example: Any = None
         self._endless: Iterator[Batch] | None = None
 
     @property
@@ -89,7 +93,10 @@ class Batches:
         stream = (source[i] for i in range(source.num_batches)) if isinstance(source, keras.utils.PyDataset) else source
         index = -1
         for index, batch in enumerate(stream):
-            yield _check_batch(batch, index)
+            x, y, sample_weight = _check_batch(batch, index)
+            if self.example is None:
+                self.example = keras.tree.map_structure(lambda leaf: leaf[:8], x)
+            yield x, y, sample_weight
         if index < 0:
             raise ValueError("data is empty: it gave no batch. If it is a generator, it may have been read before.")
 

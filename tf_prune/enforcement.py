@@ -6,7 +6,7 @@ exactly zero, under any optimizer.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -50,8 +50,20 @@ def _moving_average(model: keras.Model | None, variable: Any) -> keras.Variable 
     return next((average for known, average in averages if known is variable), None)
 
 
-def _check_fits(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> None:
+def _fitted(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The masks under this model's own paths; raises if they do not fit.
+
+    Keras names variables anew when a model is built again or loaded: `mlp/hidden/kernel` comes back as `hidden/kernel`.
+    So masks of all the model's kernels also fit if they have the kernels' own names and shapes, one by one in order.
+    """
+
+    def form(path: str, shape: Iterable[int]) -> tuple[str, tuple[int, ...]]:
+        return path.rsplit("/", 1)[-1].split("@")[0], tuple(shape)
+
     unknown = [path for path in masks if path not in variables]
+    forms = [[form(path, value.shape) for path, value in mapping.items()] for mapping in (variables, masks)]
+    if unknown and forms[0] == forms[1]:
+        return dict(zip(variables, masks.values(), strict=True))
     if unknown:
         raise ValueError(
             f"The masks name {unknown[0]!r}, which is not a prunable variable of this model. "
@@ -62,6 +74,7 @@ def _check_fits(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.
             raise ValueError(
                 f"The mask of {path!r} has shape {mask.shape}, but the variable has {tuple(variables[path].shape)}."
             )
+    return dict(masks)
 
 
 def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
@@ -69,7 +82,8 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
 
     `weight <- where(mask, weight, 0)`, now and after each step of the optimizer. The user's own constraint still
     applies, before the mask. A mask that the variable already has is replaced; weights of variables that `masks`
-    does not name are left alone. Works before and after `compile`, and after a first `fit`.
+    does not name are left alone. Works before and after `compile`, and after a first `fit`. Masks of a model that was
+    built again or loaded, whose paths Keras may have changed, are matched in model order.
 
     Args:
         model: A built `keras.Model`.
@@ -78,16 +92,15 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     Raises:
         ValueError: If a key or a shape does not fit; nothing is changed then.
 
-    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="dense_m")])
-    >>> apply_masks(model, {"dense_m/kernel": np.array([[True, False], [False, False]])})
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    >>> (path,) = find_prunable(model).prunable
+    >>> apply_masks(model, {path: np.array([[True, False], [False, False]])})
     >>> masks_of(model).num_kept
     1
     """
     variables = find_prunable(model).prunable
-    masks = masks if isinstance(masks, Masks) else Masks(masks)
-    _check_fits(variables, masks)
     is_new = False
-    for path, mask in masks.items():
+    for path, mask in _fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
         variable = variables[path]
         if not isinstance(variable.constraint, _MaskConstraint):
             variable.constraint = _MaskConstraint(model, variable)

@@ -108,6 +108,9 @@ class Derivatives:
         self._loss_is_resolved = False
         self._functions: dict[Any, Callable[..., Tensors]] = {}
         self._disconnected: list[str] = []
+        # Gradients that pass through float16 would underflow, as in training; exact, being a power of 2.
+        halves = any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
+        self._scale = 128.0 if halves else 1.0
 
     def weights(self) -> Arrays:
         """The weights as they are, in float32."""
@@ -173,6 +176,18 @@ class Derivatives:
         function = self._function("synaptic_flow", self._flow_gradient)
         return self._named(function(self._ones(example), self._mask_tensors(masks)))
 
+    def sees_its_input(self, masks: MaskMapping, example: Any) -> bool:
+        """Whether the masked network's outputs differ between the examples of a batch.
+
+        Args:
+            masks: Masks of all variables.
+            example: Inputs that differ from each other.
+        """
+        weights = self._masked_weights(self._mask_tensors(masks))
+        with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
+            outputs = keras.tree.flatten(self._model(example, training=False))
+        return any(bool(tf.reduce_any(output != output[:1])) for output in outputs)
+
     # -- what is traced ------------------------------------------------------------------------
 
     def _function(self, key: Any, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
@@ -190,7 +205,7 @@ class Derivatives:
                 loss = self._loss_value(weights, batch, temperature, training)
             gradients = tape.gradient(loss, weights)
             self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
-            return _dense(gradients, weights)
+            return [g / (self._scale * temperature) for g in _dense(gradients, weights)]
 
         return self._function(("gradient", temperature, training), gradient)
 
@@ -207,9 +222,10 @@ class Derivatives:
                 gradients = inner.gradient(loss, weights)
                 self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
                 gradients = _dense(gradients, weights)
-                vector = [tf.stop_gradient(g) for g in (vector or gradients)]
-                product = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, vector, strict=True)])
-            return _dense(outer.gradient(product, weights), weights)
+                scale = self._scale * temperature
+                directions = [tf.stop_gradient(g) for g in gradients] if vector is None else [v * scale for v in vector]
+                product = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, directions, strict=True)])
+            return [h / scale**2 for h in _dense(outer.gradient(product, weights), weights)]
 
         return self._function(("hessian_gradient", temperature, training), hessian_gradient)
 
@@ -232,6 +248,10 @@ class Derivatives:
         return [tf.where(mask, weight, tf.zeros_like(weight)) for mask, weight in zip(masks, weights, strict=True)]
 
     def _loss_value(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
+        """The loss times the temperature, which keeps its gradient in range, and times the scale of float16."""
+        return self._plain_loss(weights, batch, temperature, training) * (self._scale * temperature)
+
+    def _plain_loss(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
         x, y, sample_weight = batch
         with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
             outputs = self._model(x, training=training)

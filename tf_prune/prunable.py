@@ -106,9 +106,10 @@ def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If it is not built, or has nothing prunable.
 
-    >>> model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="dense_a"), layers.BatchNormalization()])
+    >>> inputs = keras.Input((4,))
+    >>> model = keras.Model(inputs, layers.Dense(3, name="head")(inputs))
     >>> list(find_prunable(model).prunable)
-    ['dense_a/kernel']
+    ['head/kernel']
     """
     check_model(model)
     owners = {

@@ -203,8 +203,9 @@ def score(
     Raises:
         ValueError: If data or loss is missing or does not fit, or a score is not finite.
 
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense_s")])
-    >>> score(model, "magnitude")["dense_s/kernel"].shape
+    >>> inputs = keras.Input((4,))
+    >>> model = keras.Model(inputs, keras.layers.Dense(3, name="logits")(inputs))
+    >>> score(model, "magnitude")["logits/kernel"].shape
     (4, 3)
     """
     method = _as_iterative(criterion)
@@ -212,6 +213,19 @@ def score(
     scores = method.criterion.scores(derivatives, Batches(data), masks_of(model) or None)
     check_finite(scores)
     return scores
+
+
+def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, example: Any) -> bool:
+    """Whether anything of the input reaches the outputs; `True` where there is no input to try it on."""
+    if example is None:
+        inputs = getattr(model, "inputs", None) or []
+        if not inputs or any(None in t.shape[1:] or not keras.backend.is_float_dtype(t.dtype) for t in inputs):
+            return True
+        generator = np.random.default_rng(0)
+        example = [generator.standard_normal((8, *t.shape[1:])).astype(np.float32) for t in inputs]
+        example = example[0] if len(example) == 1 else example
+    first = keras.ops.convert_to_numpy(keras.tree.flatten(example)[0])
+    return bool((first == first[:1]).all()) or derivatives.sees_its_input(masks, example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +307,7 @@ def prune(
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If an argument is wrong or a score is not finite; the model is unchanged then.
 
-    >>> model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10, name="dense_p")])
+    >>> model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10)])
     >>> report = prune(model, "magnitude", sparsity=0.95)
     >>> report.masks.num_kept
     5
@@ -304,13 +318,20 @@ def prune(
     derivatives = Derivatives(model, survey.prunable, loss)
     existing = {path: mask for path, mask in masks_of(model).items() if path in survey.prunable}
     among = {p: existing.get(p, np.ones(v.shape, bool)) for p, v in survey.prunable.items()} if existing else None
-    masks = iterative.masks(derivatives, Batches(data), sparsity, scope, Masks(among) if among else None, verbose)
+    batches = Batches(data)
+    masks = iterative.masks(derivatives, batches, sparsity, scope, Masks(among) if among else None, verbose)
     emptied = tuple(path for path, mask in masks.items() if not mask.any())
     if emptied:
         warnings.warn(
             f"{iterative.name} at sparsity {sparsity:g} left no weight in {', '.join(emptied)}: nothing passes through "
             "there any more. Ask for a lower sparsity, another method (SynFlow, FORCE with more steps), or "
             'scope="layerwise".',
+            stacklevel=2,
+        )
+    elif not _sees_its_input(model, derivatives, masks, batches.example):
+        warnings.warn(
+            f"{iterative.name} at sparsity {sparsity:g} cut every path: the outputs of the pruned network no longer "
+            "depend on its input. Ask for a lower sparsity, or another method (SynFlow, FORCE with more steps).",
             stacklevel=2,
         )
     apply_masks(model, masks)

@@ -1,0 +1,109 @@
+"""What scoring costs: each method's time divided by one forward + backward of the same model, in one run.
+
+    python -m benchmarks.scoring
+    python -m benchmarks.scoring --networks=resnet32x2 --repeats=5
+
+One forward + backward is the gradient of the mean loss by all trainable variables on 128 CIFAR-sized images, compiled
+by `tf.function`. A method's time is from the data to the finished masks: gradients, scores, ranking. The two are
+measured in turn, and the figure is the median of their ratios. The first call, which also traces and compiles, is
+shown by itself: it happens once for a model, whatever the number of steps. Of an iterative method the figure is for
+one step, from runs of 2 and of 6 steps.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import flags
+
+import tf_prune
+from experiments import common, models
+from tf_prune.batches import Batches
+from tf_prune.gradients import Derivatives
+from tf_prune.pruning import Iterative
+
+_NETWORKS = flags.DEFINE_list("networks", ["vgg19", "resnet32x2"], "Which networks of experiments.models.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Pairs of measurements; the median ratio is shown.")
+
+SPARSITY = 0.9
+ONE_SHOT = {"SNIP": tf_prune.SNIP(), "GraSP": tf_prune.GraSP(), "Magnitude": tf_prune.Magnitude()}
+PER_STEP = {"FORCE": tf_prune.FORCE, "IterativeSNIP": tf_prune.IterativeSNIP, "SynFlow": tf_prune.SynFlow}
+# Measured of the papers' own code on the same two networks, 2 cores, PyTorch: the range over both.
+PAPERS = {"SNIP": "1.10-1.73", "GraSP": "5.2-8.4", "FORCE": "1.13-2.15", "IterativeSNIP": "1.15-2.28"}
+TARGETS = {"SNIP": 1.15, "GraSP": 3.2, "FORCE": 1.15}
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def forward_backward(model: keras.Model, x: tf.Tensor, y: tf.Tensor) -> Callable[[], Any]:
+    @tf.function
+    def step() -> Any:
+        with tf.GradientTape() as tape:
+            loss = model.loss(y, model(x, training=True))
+        return tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+
+    return lambda: step()[0].numpy()
+
+
+def pruner(model: keras.Model, data: Any) -> Callable[[Any], Any]:
+    """Prunes without touching the model, and keeps what is compiled from one call to the next."""
+    derivatives = Derivatives(model, tf_prune.find_prunable(model).prunable)
+
+    def run(method: Any) -> Any:
+        iterative = method if isinstance(method, Iterative) else Iterative(method)
+        return iterative.masks(derivatives, Batches(data), SPARSITY)
+
+    return run
+
+
+def ratios(yardstick: Callable[[], Any], function: Callable[[], Any], repeats: int) -> list[float]:
+    """The two in turn, so that a drift of the machine's speed falls on both."""
+    return [seconds(function) / seconds(yardstick) for _ in range(repeats)]
+
+
+def measure(network: str, repeats: int) -> None:
+    keras.utils.set_random_seed(0)
+    model = models.build(network, (32, 32, 3), 10)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = tf.random.normal((128, 32, 32, 3))
+    y = tf.random.uniform((128,), 0, 10, tf.int32)
+    yardstick = forward_backward(model, x, y)
+    yardstick()
+    base = float(np.median([seconds(yardstick) for _ in range(3)]))
+    prune = pruner(model, (x, y))
+    weights = sum(int(np.prod(v.shape)) for v in tf_prune.find_prunable(model).prunable.values())
+    print(f"\n{network}: {weights:,} prunable weights, one forward + backward of 128 images {base:.2f} s")
+    print("| method | ratio (min - max) | target | the papers' code | first call |\n|---|---|---|---|---|")
+    for name, method in ONE_SHOT.items():
+        first = seconds(lambda method=method: prune(method))
+        row(name, ratios(yardstick, lambda method=method: prune(method), repeats), first / base)
+    for name, make in PER_STEP.items():
+        first = seconds(lambda make=make: prune(make(num_steps=2)))
+        values = []
+        for _ in range(repeats):
+            long, short = (seconds(lambda n=n, make=make: prune(make(num_steps=n))) for n in (6, 2))
+            values.append((long - short) / 4 / seconds(yardstick))
+        row(f"{name}, a step", values, first / base)
+
+
+def row(name: str, values: list[float], first: float) -> None:
+    key = name.split(",")[0]
+    target = f"{TARGETS[key]:.2f}" if key in TARGETS else ""
+    spread = f"{np.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+    print(f"| {name} | {spread} | {target} | {PAPERS.get(key, '')} | {first:.1f} |", flush=True)
+
+
+def main() -> None:
+    for network in _NETWORKS.value:
+        measure(network, _REPEATS.value)
+
+
+if __name__ == "__main__":
+    common.start(main)
