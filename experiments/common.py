@@ -49,11 +49,8 @@ class Config:
         return f"{self.model}-{self.dataset}-{self.method}-{self.sparsity:g}-seed{self.seed}-{digest}"
 
 
-METHODS = ("dense", *tf_prune.METHODS)
-
-
 _HELP = {
-    "method": "How to prune; 'dense' does not.",
+    "method": "How to prune.",
     "sparsity": "Fraction of the prunable weights to remove, in [0, 1).",
     "model": "The network.",
     "dataset": "What it is trained on.",
@@ -66,7 +63,12 @@ _HELP = {
     "num_steps": "Steps of FORCE and of iterative SNIP.",
     "scope": "Rank all weights together, or within each layer.",
 }
-_CHOICES = {"method": METHODS, "model": tuple(models.MODELS), "dataset": datasets.DATASETS, "scope": tf_prune.SCOPES}
+_CHOICES = {
+    "method": tuple(tf_prune.METHODS),
+    "model": tuple(models.MODELS),
+    "dataset": datasets.DATASETS,
+    "scope": tf_prune.SCOPES,
+}
 
 
 def _define_flags() -> None:
@@ -75,7 +77,8 @@ def _define_flags() -> None:
         if field.name in _CHOICES:
             flags.DEFINE_enum(field.name, field.default, _CHOICES[field.name], _HELP[field.name])
         elif isinstance(field.default, int):
-            flags.DEFINE_integer(field.name, field.default, _HELP[field.name])
+            lowest = 0 if field.name in ("seed", "epochs") else 1
+            flags.DEFINE_integer(field.name, field.default, _HELP[field.name], lower_bound=lowest)
         else:
             flags.DEFINE_float(field.name, field.default, _HELP[field.name])
 
@@ -100,22 +103,26 @@ def method_of(config: Config) -> Any:
 
 
 def batches(data: datasets.Dataset, config: Config) -> tf.data.Dataset:
-    """The training data, shuffled by the seed; CIFAR's images shifted by up to 4 pixels and flipped."""
+    """The training data, shuffled by the seed; each of CIFAR's images shifted by up to 4 pixels and flipped or not."""
     dataset = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
-    dataset = dataset.shuffle(len(data.x_train), seed=config.seed).batch(config.batch_size)
+    dataset = dataset.shuffle(len(data.x_train), seed=config.seed)
     if data.augment:
-        augment = keras.Sequential(
-            [keras.layers.RandomFlip("horizontal"), keras.layers.RandomCrop(*data.input_shape[:2])]
-        )
-        padding = [[0, 0], [4, 4], [4, 4], [0, 0]]
-        dataset = dataset.map(lambda x, y: (augment(tf.pad(x, padding), training=True), y), num_parallel_calls=2)
-    return dataset.prefetch(2)
+
+        def augment(image: Any, number: tf.Tensor) -> Any:
+            seed = tf.stack([number, 0])
+            padded = tf.pad(image[0], [[4, 4], [4, 4], [0, 0]])
+            cropped = tf.image.stateless_random_crop(padded, data.input_shape, seed)
+            return tf.image.stateless_random_flip_left_right(cropped, seed), image[1]
+
+        numbers = tf.data.Dataset.random(config.seed, rerandomize_each_iteration=True)
+        dataset = tf.data.Dataset.zip((dataset, numbers)).map(augment, num_parallel_calls=2)
+    return dataset.batch(config.batch_size).prefetch(2)
 
 
 def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[keras.Model, dict[str, Any]]:
     """Builds the model, prunes it unless the method is `dense`, trains it, and tests it after the last epoch.
 
-    The same seed gives the same initial weights and the same order of the data for every method.
+    The same seed gives every method the same initial weights, the same scoring batches, and the same order of the data.
     """
     keras.utils.clear_session()
     keras.utils.set_random_seed(config.seed)
@@ -133,8 +140,8 @@ def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[ker
     training = batches(data, config)
     callbacks = []
     if config.method != "dense":
-        # Read once: the data is shuffled anew at each pass, and scores must not depend on how often it is read.
-        scoring = list(training.take(config.score_batches))
+        # Of a stream of its own, which leaves the order of training alone; kept, since each pass shuffles anew.
+        scoring = list(batches(data, config).take(config.score_batches))
         callbacks.append(
             tf_prune.PruneBeforeTraining(
                 method_of(config), config.sparsity, scoring, scope=config.scope, verbose=verbose

@@ -30,8 +30,7 @@ def run(config: common.Config, data_dir: str | None, output_dir: Path, export_di
     model, pruned = common.train(config, data, verbose=1)
     report = tf_prune.export(model, export_dir / config.name, data=(data.x_test[:1000], data.y_test[:1000]))
     print(report)
-    if config.method != "dense":
-        plot_kept_weights(tf_prune.masks_of(model), output_dir / config.name / "kept_weights.png", config)
+    plot_kept_weights(tf_prune.masks_of(model), output_dir / config.name / "kept_weights.png", config)
     results = {
         "config": dataclasses.asdict(config),
         "versions": common.versions(),

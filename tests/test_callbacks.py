@@ -58,6 +58,35 @@ def test_a_model_that_only_fit_builds_is_pruned_too():
     helpers.assert_masks_hold(model, callback.report.masks)
 
 
+@pytest.mark.parametrize("data", [DATA, iter([helpers.batch(seed=0)])], ids=["list", "generator of one batch"])
+def test_building_for_the_pruning_takes_nothing_from_the_data(data):
+    model = helpers.Subclassed()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    fit(model, tf_prune.ForcePruning(0.8, data, num_steps=1, verbose=0))
+    assert tf_prune.masks_of(model).num_kept == 128
+
+
+def test_another_model_is_pruned_by_the_same_callback_too():
+    callback = tf_prune.SnipPruning(0.8, DATA)
+    for seed in (0, 1):
+        model = helpers.build("mlp", seed=seed)
+        fit(model, callback)
+        helpers.assert_masks_hold(model, callback.report.masks)
+        assert tf_prune.masks_of(model).num_kept == 128
+
+
+@pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS.keys())
+def test_a_model_that_has_its_masks_back_keeps_them(make):
+    first = helpers.build("mlp")
+    masks = tf_prune.prune(first, tf_prune.FORCE(), 0.8, DATA, verbose=0).masks
+    fit(first)
+    again = helpers.build("mlp", seed=3)
+    again.set_weights(first.get_weights())
+    tf_prune.apply_masks(again, masks)
+    fit(again, make())
+    assert tf_prune.masks_of(again) == masks
+
+
 def test_a_second_fit_keeps_the_masks_and_prunes_no_more():
     model = helpers.build("mlp")
     callback = tf_prune.SnipPruning(0.8, DATA)
@@ -91,6 +120,7 @@ def test_every_checkpoint_is_sparse(tmp_path):
     fit(model, callback, keras.callbacks.ModelCheckpoint(file, save_weights_only=True), epochs=2)
     for epoch in (1, 2):
         fresh = helpers.build("mlp", optimizer=keras.optimizers.Adam(0.01))
+        fresh.optimizer.build(fresh.trainable_variables)
         fresh.load_weights(tmp_path / f"{epoch}.weights.h5")
         helpers.assert_masks_hold(fresh, callback.report.masks)
 

@@ -1,3 +1,4 @@
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -178,11 +179,69 @@ def test_masks_of_the_same_network_under_other_names_fit_and_of_another_one_do_n
         tf_prune.apply_masks(wider, masks)
 
 
-def test_a_masked_model_saves_no_mask(tmp_path):
-    model = compiled("mlp", "adam")
-    before = len(model.variables)
+def test_a_saved_model_holds_no_mask(tmp_path):
+    model, plain = compiled("mlp", "adam"), compiled("mlp", "adam")
     tf_prune.prune(model, "magnitude", 0.7)
-    assert len(model.variables) == before
+    names = []
+    for i, one in enumerate((model, plain)):
+        one.save_weights(tmp_path / f"{i}.weights.h5")
+        with h5py.File(tmp_path / f"{i}.weights.h5") as file:
+            names.append([])
+            file.visit(names[-1].append)
+    assert names[0] == names[1]
+
+
+def outer_of(body):
+    inputs = keras.Input((6, 6, 1))
+    outer = keras.Model(inputs, keras.layers.Dense(4, name="last")(body(inputs)))
+    outer.compile(OPTIMIZERS["ema"](), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return outer
+
+
+def test_masks_of_a_model_inside_hold_when_the_outer_one_is_trained_with_averages():
+    body = helpers.mlp()
+    masks = tf_prune.prune(body, "magnitude", 0.6).masks
+    fit(outer_of(body))
+    helpers.assert_masks_hold(body, masks)
+
+
+def test_masks_for_the_outer_model_hold_after_its_first_fit_though_the_inner_one_had_them():
+    body = helpers.mlp()
+    outer = outer_of(body)
+    fit(outer)
+    tf_prune.prune(body, "magnitude", 0.6)
+    masks = tf_prune.prune(outer, "magnitude", 0.8, filters="hidden|head").masks
+    fit(outer)
+    helpers.assert_masks_hold(outer, masks)
+
+
+def test_masks_hold_in_the_averages_of_an_optimizer_that_the_model_does_not_know():
+    model = helpers.build("mlp")
+    masks = tf_prune.prune(model, "magnitude", 0.7).masks
+    optimizer = keras.optimizers.Adam(0.01, use_ema=True)
+    x, y = helpers.batch()
+    for _ in range(3):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x, y, model(x, training=True))
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+    optimizer.finalize_variable_values(model.trainable_variables)
+    helpers.assert_masks_hold(model, masks)
+
+
+def test_an_average_from_before_the_pruning_is_masked_at_once():
+    model = compiled("mlp", OPTIMIZERS["ema"]())
+    fit(model)
+    masks = tf_prune.prune(model, "magnitude", 0.7).masks
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    for path, variable in tf_prune.find_prunable(model).prunable.items():
+        assert not np.asarray(variable)[~masks[path]].any()
+
+
+def test_masks_are_told_also_of_frozen_layers():
+    model = compiled("mlp", "adam")
+    masks = tf_prune.prune(model, "magnitude", 0.7).masks
+    model.trainable = False
+    assert tf_prune.masks_of(model) == masks
 
 
 @pytest.mark.parametrize(

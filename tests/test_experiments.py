@@ -107,12 +107,19 @@ def test_digits_are_split_the_same_way_each_time_and_normalized():
     assert abs(one.x_train.std() - 1) < 0.02
 
 
-def test_augmented_images_keep_their_shape_and_change():
-    x = np.random.default_rng(0).random((8, 32, 32, 3)).astype(np.float32)
-    data = datasets.Dataset(x, np.zeros(8, np.int64), x, np.zeros(8, np.int64), 10, augment=True)
-    (batch,) = common.batches(data, common.Config(batch_size=8))
-    assert batch[0].shape == (8, 32, 32, 3)
-    assert not np.array_equal(np.sort(batch[0].numpy().ravel()), np.sort(x.ravel()))
+def test_each_image_is_shifted_and_flipped_by_itself_and_the_same_way_for_the_same_seed():
+    image = np.random.default_rng(0).random((1, 32, 32, 3)).astype(np.float32)
+    x, y = np.repeat(image, 64, axis=0), np.zeros(64, np.int64)
+    data = datasets.Dataset(x, y, x, y, 10, augment=True)
+    stream = common.batches(data, common.Config(batch_size=64))
+    (one,), (second_epoch,), (again,) = stream, stream, common.batches(data, common.Config(batch_size=64))
+    assert one[0].shape == (64, 32, 32, 3)
+    distinct = {picture.tobytes() for picture in one[0].numpy()}
+    assert 32 < len(distinct) <= 64
+    middles = one[0].numpy()[:, 8:24, 8:24].reshape(64, -1)
+    assert np.isin(middles, x).all()
+    np.testing.assert_array_equal(one[0], again[0])
+    assert not np.array_equal(one[0], second_epoch[0])
 
 
 @pytest.mark.filterwarnings("ignore")  # of TensorFlow Datasets and what it imports

@@ -159,11 +159,62 @@ def test_outputs_that_disagree_raise_and_leave_nothing(tmp_path, monkeypatch):
     other = helpers.build("mlp", seed=5)
     honest = exporting._write_saved_model
     monkeypatch.setattr(exporting, "_write_saved_model", lambda _, *rest: honest(other, *rest))
-    with pytest.raises(
-        tf_prune.ExportError, match=r"differ from Keras's by up to .* on 16 examples.*Nothing was written"
-    ):
-        tf_prune.export(model, tmp_path / "out", helpers.batch())
+    with pytest.raises(tf_prune.ExportError, match=r"differs from Keras's by up to .* Nothing was written"):
+        tf_prune.export(model, tmp_path / "new" / "out", helpers.batch())
     assert os.listdir(tmp_path) == []
+
+
+def test_outputs_that_are_not_finite_are_refused(tmp_path):
+    model = helpers.build("mlp")
+    model.get_layer("head").bias.assign([np.nan, 0, 0, 0])
+    with pytest.raises(tf_prune.ExportError, match="differs from Keras's by up to nan"):
+        tf_prune.export(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_export_that_fails_while_files_are_put_in_place_brings_the_old_ones_back(tmp_path, monkeypatch):
+    tf_prune.export(pruned("mlp"), tmp_path / "out")
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    honest, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == 4:
+            raise OSError("no space left")
+        honest(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="no space"):
+            tf_prune.export(pruned("conv_bn"), tmp_path / "out")
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+@pytest.mark.filterwarnings("ignore:.*left no weight in")
+def test_kernels_whose_axes_change_in_conversion_are_found(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3), name="an image"),
+            keras.layers.DepthwiseConv2D(3, depth_multiplier=2),
+            keras.layers.Conv2D(4, 1),
+            keras.layers.Reshape((36, 4)),
+            keras.layers.Conv1D(5, 3),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    tf_prune.prune(model, "random", 0.5, scope="layerwise")
+    report = tf_prune.export(model, tmp_path)
+    assert [row.tflite_sparsity for row in report.layers] == pytest.approx([row.sparsity for row in report.layers])
+
+
+def test_a_frozen_model_and_one_without_kernels_are_exported_too(tmp_path):
+    model = pruned("mlp")
+    model.trainable = False
+    assert tf_prune.export(model, tmp_path / "frozen").sparsity == pytest.approx(0.7, abs=0.01)
+    plain = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    assert tf_prune.export(plain, tmp_path / "plain").sparsity == 0.0
 
 
 def test_an_earlier_export_survives_a_failed_one_and_is_replaced_by_a_good_one(tmp_path, monkeypatch):

@@ -187,6 +187,48 @@ def test_other_losses_equal_a_plain_gradient_tape(last, loss, labels):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("labels", ["float32", "int32"])
+@pytest.mark.parametrize("given", ["compiled", "given"])
+def test_a_function_as_loss_gets_the_casts_and_ranks_that_fit_gives_it(labels, given):
+    def square(y, z):
+        return keras.ops.square(y - z)
+
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(1)])
+    model.compile("sgd", square if given == "compiled" else "mae")
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((8, 5)).astype(np.float32), generator.integers(0, 5, 8).astype(labels)
+    kernel = np.asarray(model.layers[0].kernel)
+    expected = 2 * x.T @ (x @ kernel - y[:, None]) / 8
+    (got,) = derivatives_of(model, None if given == "compiled" else square).gradient(Batches((x, y))).values()
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [list, lambda losses: {"head": losses[0]}], ids=["list", "dict"])
+def test_one_loss_in_a_list_or_dict_is_that_loss(wrap):
+    model, plain = helpers.build("residual"), helpers.build("residual")
+    model.compile("sgd", wrap([keras.losses.SparseCategoricalCrossentropy(from_logits=True)]))
+    a, b = (derivatives_of(m).hessian_gradient(Batches(helpers.batch()), temperature=200.0) for m in (model, plain))
+    for one, other in zip(a.values(), b.values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_loss_whose_kind_keras_finds_out_is_taken_as_keras_takes_it():
+    model, plain = helpers.build("mlp_softmax"), helpers.build("mlp_softmax")
+    model.compile("sgd", "crossentropy")
+    a, b = (derivatives_of(m).gradient(Batches(helpers.batch())) for m in (model, plain))
+    for one, other in zip(a.values(), b.values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="the loss is 'crossentropy'"):
+        derivatives_of(model).hessian_gradient(Batches(helpers.batch()), temperature=200.0)
+
+
+def test_one_loss_for_several_outputs_is_refused():
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, [layers.Dense(2)(inputs), layers.Dense(1)(inputs)])
+    with pytest.raises(ValueError, match=r"loss='mae' cannot be taken for a model with 2 outputs"):
+        derivatives_of(model, "mae").gradient(Batches((np.ones((4, 5)), [np.ones((4, 2)), np.ones((4, 1))])))
+
+
 def test_regularizers_are_not_part_of_the_score():
     def build(regularizer):
         keras.utils.set_random_seed(0)

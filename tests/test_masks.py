@@ -52,6 +52,19 @@ def test_count_sets_float_noise_aside(size, sparsity, kept):
     assert num_kept(size, sparsity) == kept
 
 
+def test_a_float32_sparsity_is_the_number_that_was_written():
+    assert num_kept(1000, np.float32(0.1)) == 900
+
+
+def test_no_masks_at_all_remove_nothing():
+    assert Masks({}).sparsity == 0.0
+
+
+def test_or_fewer_keeps_what_is_left():
+    masks = masks_from_scores({"a": np.ones(4)}, 0.25, among={"a": np.array([True, False, False, True])}, or_fewer=True)
+    assert masks["a"].tolist() == [True, False, False, True]
+
+
 @given(SCORES, SPARSITIES)
 def test_global_masks_equal_a_stable_sort(scores, sparsity):
     total = sum(score.size for score in scores.values())

@@ -115,12 +115,3 @@ def test_an_unbuilt_model_says_how_to_build_it():
 def test_another_object_is_named_with_its_module():
     with pytest.raises(TypeError, match=r"Expected a keras\.Model .* received numpy\.ndarray"):
         find_prunable(np.ones(3))
-
-
-def test_a_legacy_model_is_refused_with_a_way_out():
-    class Sequential:
-        pass
-
-    Sequential.__module__ = "tf_keras.src.engine.sequential"
-    with pytest.raises(TypeError, match=r"tf_keras\.src\.engine\.sequential.*legacy Keras 2.*get_weights"):
-        find_prunable(Sequential())

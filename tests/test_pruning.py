@@ -1,5 +1,6 @@
 import itertools
 
+import keras
 import numpy as np
 import pytest
 
@@ -27,14 +28,16 @@ def flat(masks):
     return np.concatenate([mask.ravel() for mask in masks.values()])
 
 
-@pytest.mark.parametrize("method", [tf_prune.FORCE(num_steps=1), tf_prune.IterativeSNIP(num_steps=1)])
+@pytest.mark.parametrize("make", [tf_prune.FORCE, tf_prune.IterativeSNIP])
 @pytest.mark.parametrize("name", ["mlp", "conv_bn", "recurrent"])
 @pytest.mark.filterwarnings("ignore:.*left no weight in")  # small nets, high sparsity
-def test_one_step_equals_snip(method, name):
-    data = helpers.batch()
-    one = tf_prune.prune(helpers.build(name), method, 0.9, data, verbose=0)
-    snip = tf_prune.prune(helpers.build(name), "snip", 0.9, data)
-    assert one.masks == snip.masks
+def test_one_step_equals_snip_on_the_same_batches(make, name):
+    data = [helpers.batch(seed=i) for i in range(3)]
+    snip = tf_prune.prune(helpers.build(name), "snip", 0.9, data).masks
+    assert tf_prune.prune(helpers.build(name), make(num_steps=1, num_batches=None), 0.9, data).masks == snip
+    one_batch = tf_prune.prune(helpers.build(name), "snip", 0.9, data[0]).masks
+    assert tf_prune.prune(helpers.build(name), make(num_steps=1), 0.9, data).masks == one_batch
+    assert one_batch != snip
 
 
 @pytest.mark.parametrize("schedule", ["linear", "exponential"])
@@ -93,11 +96,35 @@ def test_each_step_takes_the_next_batch():
 def test_a_second_pruning_goes_on_from_the_first_and_never_brings_a_weight_back():
     model = helpers.build("mlp")
     first = tf_prune.prune(model, "grasp", 0.5, helpers.batch())
-    second = tf_prune.prune(model, tf_prune.FORCE(num_steps=3), 0.9, helpers.batch(), verbose=0)
+    second = tf_prune.prune(model, tf_prune.FORCE(num_steps=60), 0.9, helpers.batch(), verbose=0)
     assert not (flat(second.masks) & ~flat(first.masks)).any()
     assert second.masks.num_kept == 64
     with pytest.raises(ValueError, match=r"only 64 are not yet pruned.*remove_masks"):
         tf_prune.prune(model, "snip", 0.2, helpers.batch())
+
+
+@pytest.mark.parametrize("scope", tf_prune.SCOPES)
+@pytest.mark.parametrize("method", ["force", "iterative_snip", "synflow"])
+def test_pruning_step_by_step_goes_on_from_masks_of_another_scope(method, scope):
+    model = helpers.build("mlp")
+    first = tf_prune.prune(model, "snip", 0.5, helpers.batch()).masks
+    second = tf_prune.prune(model, method, 0.95, helpers.batch(), scope=scope, verbose=0).masks
+    assert second.num_kept == (32 if scope == "global" else 28 + 3)
+    assert not (flat(second) & ~flat(first)).any()
+
+
+def test_score_works_where_only_some_layers_have_masks():
+    model = helpers.build("mlp")
+    tf_prune.prune(model, "magnitude", 0.5, filters="hidden")
+    assert len(tf_prune.score(model, "snip", helpers.batch())) == 2
+
+
+def test_inputs_may_be_a_dictionary():
+    a, b = keras.Input((4,), name="a"), keras.Input((3,), name="b")
+    model = keras.Model({"b": b, "a": a}, keras.layers.Dense(8)(keras.layers.Concatenate()([a, b])))
+    tf_prune.prune(model, "magnitude", 0.5)
+    tf_prune.prune(model, "synflow", 0.75, verbose=0)
+    assert tf_prune.masks_of(model).num_kept == 14
 
 
 def test_filters_leave_other_layers_dense():
@@ -196,14 +223,23 @@ def test_bad_input_says_what_is_wrong_and_changes_nothing(change, error, message
     assert not tf_prune.masks_of(model)
 
 
-def test_a_legacy_model_is_refused_by_prune_and_score():
-    class Sequential:
+@pytest.mark.filterwarnings("ignore")  # of tf_keras
+def test_a_legacy_model_is_refused_by_prune_score_and_export(tmp_path):
+    tf_keras = pytest.importorskip("tf_keras")
+
+    class Mine(tf_keras.Sequential):
         pass
 
-    Sequential.__module__ = "tf_keras.src.engine.sequential"
-    for call in (lambda m: tf_prune.prune(m, "magnitude", 0.5), lambda m: tf_prune.score(m, "magnitude")):
-        with pytest.raises(TypeError, match="legacy Keras 2"):
-            call(Sequential())
+    model = Mine([tf_keras.layers.Dense(3, input_shape=(4,))])
+    calls = [
+        lambda: tf_prune.prune(model, "magnitude", 0.5),
+        lambda: tf_prune.score(model, "magnitude"),
+        lambda: tf_prune.export(model, tmp_path / "out"),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"Expected a keras\.Model .*Mine.*legacy Keras 2"):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

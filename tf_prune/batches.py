@@ -1,6 +1,6 @@
 """What a user calls `data`, as a stream of checked `(x, y, sample_weight)` batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -39,6 +39,21 @@ def _check_batch(batch: Any, index: int) -> Batch:
     return x, y, sample_weight
 
 
+def inputs_like(model: keras.Model, fill: Callable[[tuple[int, ...], str], np.ndarray]) -> Any:
+    """Inputs of the structure and shapes that the model says, or `None` if it does not (subclassed, or of any size).
+
+    Args:
+        model: A built `keras.Model`.
+        fill: Makes an array of a shape, without the batch's axis, and a dtype.
+    """
+    inputs = getattr(model, "inputs", None)
+    if not inputs or any(None in tensor.shape[1:] for tensor in inputs):
+        return None
+    arrays = [fill(tuple(tensor.shape[1:]), tensor.dtype) for tensor in inputs]
+    structure = getattr(model, "input", None)  # a Sequential model has none
+    return arrays[0] if structure is None else keras.tree.pack_sequence_as(structure, arrays)
+
+
 class Batches:
     """One `(x, y)` batch or an iterable of them, read as often and as far as the caller asks.
 
@@ -62,6 +77,7 @@ class Batches:
         if data is not None and not isinstance(data, (Iterable, keras.utils.PyDataset)):
             raise ValueError(f"data must be an (x, y) tuple or an iterable of such tuples, got {type(data).__name__}.")
         self._data: Any = [data] if isinstance(data, tuple) else data
+        self._is_checked = False
         self.example: Any = None
         self._endless: Iterator[Batch] | None = None
 
@@ -93,7 +109,7 @@ class Batches:
         stream = (source[i] for i in range(source.num_batches)) if isinstance(source, keras.utils.PyDataset) else source
         index = -1
         for index, batch in enumerate(stream):
-            x, y, sample_weight = _check_batch(batch, index)
+            x, y, sample_weight = batch if self._is_checked else _check_batch(batch, index)
             if self.example is None:
                 self.example = keras.tree.map_structure(lambda leaf: leaf[:8], x)
             yield x, y, sample_weight
@@ -113,4 +129,6 @@ class Batches:
         """The next `count` batches, starting over at the end of the data."""
         if self._endless is None:
             self._endless = self._forever()
-        return Batches([next(self._endless) for _ in range(count)])
+        taken = Batches([next(self._endless) for _ in range(count)])
+        taken._is_checked = True
+        return taken

@@ -1,5 +1,8 @@
 """When to prune in `fit`: callbacks that prune once, before the first step, and let the masks hold."""
 
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -14,7 +17,7 @@ from tf_prune.pruning import FORCE, IterativeSNIP, Method, PruningReport, SynFlo
 class PruneBeforeTraining(keras.callbacks.Callback):
     """Prunes the model once, when `fit` begins; every step after it keeps the masks.
 
-    A second `fit` with the same callback object does not prune again.
+    A second `fit` of the same model with the same callback object does not prune again; another model is pruned anew.
 
     Args:
         method: As in `tf_prune.prune`.
@@ -47,15 +50,24 @@ class PruneBeforeTraining(keras.callbacks.Callback):
         self.loss = loss
         self.options: dict[str, Any] = {"scope": scope, "filters": filters, "verbose": verbose}
         self.report: PruningReport | None = None
+        self._pruned: Callable[[], Any] = lambda: None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Prunes, the first time."""
         if not self.model.built and self.data is not None:
-            # A subclassed model gets its weights at the first call, which would be after this.
-            x = next(iter(Batches(self.data).take(1)))[0]
-            self.model(keras.tree.map_structure(lambda leaf: leaf[:1], x))
-        if self.report is None:
+            self._build()
+        if self._pruned() is not self.model:
             self.report = prune(self.model, self.method, self.sparsity, self.data, self.loss, **self.options)
+            self._pruned = weakref.ref(self.model)
+
+    def _build(self) -> None:
+        """A subclassed model gets its weights at its first call, which would be after this."""
+        data = self.data
+        if isinstance(data, Iterator):  # put back what is read of it
+            data = [next(self.data)]
+            self.data = itertools.chain(data, self.data)
+        x = next(iter(Batches(data).take(1)))[0]
+        self.model(keras.tree.map_structure(lambda leaf: leaf[:1], x))
 
 
 class SnipPruning(PruneBeforeTraining):

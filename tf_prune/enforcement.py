@@ -5,6 +5,8 @@ constraint sets pruned weights to zero, so that every step, every checkpoint and
 exactly zero, under any optimizer.
 """
 
+import sys
+import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,22 +15,21 @@ import keras
 import numpy as np
 
 from tf_prune.masks import Masks
-from tf_prune.prunable import check_model, find_prunable
+from tf_prune.prunable import check_model, find_kernels, weights_by_path
 
 
 class _MaskConstraint(keras.constraints.Constraint):
     """Applies the user's own constraint and then zeroes the pruned weights, and their moving average."""
 
-    def __init__(self, model: keras.Model, variable: keras.Variable):
+    def __init__(self, variable: keras.Variable):
         self.inner: Callable[[Any], Any] | None = variable.constraint
         # A boolean takes a quarter of a float32's memory, and where() gives +0, never -0 or NaN.
         self.mask = keras.Variable(np.ones(variable.shape, bool), dtype="bool", trainable=False, name="mask")
-        self._model = weakref.ref(model)
+        self.models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
     def __call__(self, value: Any) -> Any:
-        # Keras passes the variable itself, whose moving average has just been updated.
-        average = _moving_average(self._model(), value)
-        if average is not None:
+        # Keras passes the variable itself, whose moving average has just been updated with unmasked weights.
+        for average in _moving_averages(_calling_optimizer(), value):
             average.assign(self.masked(average))
         return self.masked(value if self.inner is None else self.inner(value))
 
@@ -37,17 +38,25 @@ class _MaskConstraint(keras.constraints.Constraint):
         return keras.ops.where(self.mask, value, keras.ops.zeros_like(value))
 
 
-def _moving_average(model: keras.Model | None, variable: Any) -> keras.Variable | None:
-    """The average that `use_ema=True` keeps of this variable, which Keras writes back at the end of `fit`.
+def _calling_optimizer() -> Any:
+    """The optimizer in whose step this constraint is called; Keras does not say, and it need not be the model's.
 
-    Keras updates it from the unconstrained weights, so it has to be masked by itself.
+    Runs while a step is traced, not in each step.
     """
-    optimizer = getattr(model, "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if optimizer is None or not getattr(optimizer, "use_ema", False) or not optimizer.built:
-        return None
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), keras.optimizers.Optimizer):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+def _moving_averages(optimizer: Any, variable: Any) -> list[keras.Variable]:
+    """The average that `use_ema=True` keeps of this variable and writes back at the end of `fit`, if there is one."""
+    if not getattr(optimizer, "use_ema", False) or not optimizer.built:
+        return []
     averages = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True)
-    return next((average for known, average in averages if known is variable), None)
+    return [average for known, average in averages if known is variable and average is not None]
 
 
 def _fitted(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -86,28 +95,34 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     built again or loaded, whose paths Keras may have changed, are matched in model order.
 
     Args:
-        model: A built `keras.Model`.
+        model: A built `keras.Model`: the one that is trained, if it has others inside. A train function that an outer
+            model traced in an earlier `fit` is not made anew.
         masks: `Masks`, or a mapping of `variable.path` to boolean array.
 
     Raises:
         ValueError: If a key or a shape does not fit; nothing is changed then.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-    >>> (path,) = find_prunable(model).prunable
+    >>> (path,) = find_kernels(model)
     >>> apply_masks(model, {path: np.array([[True, False], [False, False]])})
     >>> masks_of(model).num_kept
     1
     """
-    variables = find_prunable(model).prunable
+    check_model(model)
+    variables = weights_by_path(model)
     is_new = False
-    for path, mask in _fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
+    for path, mask in _fitted(find_kernels(model), masks if isinstance(masks, Masks) else Masks(masks)).items():
         variable = variables[path]
         if not isinstance(variable.constraint, _MaskConstraint):
-            variable.constraint = _MaskConstraint(model, variable)
-            is_new = True
+            variable.constraint = _MaskConstraint(variable)
         constraint = variable.constraint
+        is_new = is_new or model not in constraint.models
+        constraint.models.add(model)
         constraint.mask.assign(mask)
-        variable.assign(constraint.masked(variable))
+        optimizer = getattr(model, "optimizer", None)
+        averages = _moving_averages(getattr(optimizer, "inner_optimizer", optimizer), variable)
+        for value in (variable, *averages):
+            value.assign(constraint.masked(value))
     if is_new:
         _retrace(model)
 
@@ -131,10 +146,11 @@ def masks_of(model: keras.Model) -> Masks:
     Args:
         model: A built `keras.Model`.
     """
+    check_model(model)
     return Masks(
         {
             path: np.asarray(variable.constraint.mask)
-            for path, variable in find_prunable(model).prunable.items()
+            for path, variable in weights_by_path(model).items()
             if isinstance(variable.constraint, _MaskConstraint)
         }
     )

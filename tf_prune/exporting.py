@@ -18,9 +18,9 @@ import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.batches import Batches
+from tf_prune.batches import Batches, inputs_like
 from tf_prune.enforcement import masks_of
-from tf_prune.prunable import find_prunable
+from tf_prune.prunable import check_model, find_kernels
 from tf_prune.tflite import constants
 
 _ENCODINGS = ("dense", "sparse")
@@ -55,7 +55,7 @@ class ExportReport:
         directory: Where `saved_model/`, `model.tflite` and `report.json` are.
         encoding: Of `model.tflite`, `"dense"` or `"sparse"`: the smaller file.
         bytes: File sizes by encoding, e.g. `bytes["sparse"]["gzip"]`; and of the SavedModel.
-        layers: Zeros of each prunable kernel, before and after conversion.
+        layers: Zeros of each kernel, before and after conversion.
         inputs: What the models were compared on.
         largest_difference: Of any output, absolute, between Keras and the file.
         agreement: Fraction of examples with the same largest output; `None` where an output is a single number.
@@ -71,15 +71,16 @@ class ExportReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of exact zeros among the weights of all prunable kernels."""
-        return sum(r.sparsity * r.num_weights for r in self.layers) / sum(r.num_weights for r in self.layers)
+        """Fraction of exact zeros among the weights of all kernels."""
+        total = sum(row.num_weights for row in self.layers)
+        return sum(row.sparsity * row.num_weights for row in self.layers) / total if total else 0.0
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes the report as JSON."""
         Path(file).write_text(json.dumps({**dataclasses.asdict(self), "sparsity": self.sparsity}, indent=2) + "\n")
 
     def __str__(self) -> str:
-        table = Table(title=f"{self.directory}: {self.sparsity:.2%} of the prunable weights are zero")
+        table = Table(title=f"{self.directory}: {self.sparsity:.2%} of the kernels' weights are zero")
         for column in ("kernel", "weights", "sparsity", "in the .tflite"):
             table.add_column(column, justify="left" if column == "kernel" else "right")
         for row in self.layers:
@@ -138,9 +139,10 @@ def export(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory must be a folder to write into, but {directory} is a file.")
-    prunable = find_prunable(model).prunable
+    check_model(model)
+    kernels = find_kernels(model)
     for path, mask in masks_of(model).items():
-        if np.asarray(prunable[path])[~mask].any():
+        if np.asarray(kernels[path])[~mask].any():
             raise ValueError(
                 f"Pruned weights of {path!r} are not zero; they were set from outside after pruning. Call "
                 "tf_prune.apply_masks(model, tf_prune.masks_of(model)) and export again."
@@ -148,8 +150,8 @@ def export(
     batches = Batches(data)
     examples = _first_input(model, batches)
     interpreter_class = _litert_interpreter()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
+    there = next(parent for parent in directory.absolute().parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(dir=there, prefix=f".{directory.name}.") as temporary:
         work = Path(temporary)
         names = _write_saved_model(model, examples, work / "saved_model")
         files = {encoding: _convert(work / "saved_model", encoding) for encoding in _ENCODINGS}
@@ -163,7 +165,7 @@ def export(
             directory=str(directory),
             encoding=encoding,
             bytes={name: _sizes(content) for name, content in [*files.items(), ("SavedModel", archive)]},
-            layers=_layer_sparsities(prunable, files[encoding]),
+            layers=_layer_sparsities(kernels, files[encoding]),
             inputs=f"{count:,} {'given' if batches.given else 'random'} examples",
             largest_difference=difference,
             agreement=agreement,
@@ -189,15 +191,14 @@ def _first_input(model: keras.Model, batches: Batches) -> Any:
     """One batch of inputs: of the data, or random ones of the shape that the model says."""
     if batches.given:
         return _as_inputs(model, next(iter(batches.take(1)))[0])
-    inputs = getattr(model, "inputs", None)
-    if not inputs or any(None in tensor.shape[1:] for tensor in inputs):
+    generator = np.random.default_rng(0)
+    inputs = inputs_like(model, lambda shape, dtype: generator.standard_normal((32, *shape)).astype(dtype))
+    if inputs is None:
         raise ValueError(
             f"The model {model.name!r} does not say of what shape its inputs are. Pass data=(x, y): x gives the shape, "
             "and real inputs to compare on."
         )
-    generator = np.random.default_rng(0)
-    arrays = [generator.standard_normal((32, *t.shape[1:])).astype(t.dtype) for t in inputs]
-    return arrays[0] if len(arrays) == 1 else arrays
+    return inputs
 
 
 def _as_inputs(model: keras.Model, x: Any) -> Any:
@@ -213,7 +214,7 @@ def _write_saved_model(model: keras.Model, examples: Any, directory: Path) -> li
     """Writes it and returns the names of its inputs, in the order of the flattened examples."""
     leaves = keras.tree.flatten(examples)
     names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
-    if len(set(names)) != len(leaves):
+    if len(set(names)) != len(leaves) or not all(name.isidentifier() for name in names):
         names = [f"input_{i}" for i in range(len(leaves))]
     specs = [
         tf.TensorSpec((None, *leaf.shape[1:]), tf.as_dtype(leaf.dtype), name)
@@ -243,7 +244,7 @@ def _compare(
 ) -> tuple[int, float, float | None]:
     """How many examples were compared, the largest difference of an output, and the agreement of predictions."""
     runner = interpreter.get_signature_runner()
-    count, difference, largest = 0, 0.0, 1.0
+    count, difference = 0, 0.0
     agreements: list[np.ndarray] = []
     for x in inputs:
         leaves = keras.tree.flatten(x)
@@ -252,16 +253,18 @@ def _compare(
         keys = sorted(outputs) if isinstance(outputs, dict) else [f"output_{i}" for i in range(len(got))]
         for key, output in zip(keys, keras.tree.flatten(outputs), strict=True):
             expected = np.asarray(output)
-            difference = max(difference, float(np.abs(expected - got[key]).max()))
-            largest = max(largest, float(np.abs(expected).max()))
+            here, largest = float(np.abs(expected - got[key]).max()), float(np.abs(expected).max())
+            # A difference that is NaN is not at most anything: it is refused too.
+            if not here <= tolerance * max(1.0, largest):
+                raise ExportError(
+                    f"The TF-Lite model's output {key!r} differs from Keras's by up to {here:.3g} (allowed: "
+                    f"{tolerance:g}, relative to outputs up to {largest:.3g}). Nothing was written. If the difference "
+                    "is rounding, raise tolerance=; if it is nan, the model's outputs are not finite."
+                )
+            difference = max(difference, here)
             if expected.ndim > 1 and expected.shape[-1] > 1:
                 agreements.append((expected.argmax(-1) == got[key].argmax(-1)).ravel())
         count += len(leaves[0])
-    if not difference <= tolerance * largest:
-        raise ExportError(
-            f"The TF-Lite model's outputs differ from Keras's by up to {difference:.3g} on {count} examples (allowed: "
-            f"{tolerance:g} of {largest:.3g}). Nothing was written. If the difference is rounding, raise tolerance=."
-        )
     return count, difference, float(np.concatenate(agreements).mean()) if agreements else None
 
 
@@ -270,21 +273,31 @@ def _sizes(content: bytes) -> dict[str, int]:
 
 
 def _move_into(work: Path, directory: Path) -> None:
-    directory.mkdir(exist_ok=True)
-    for source in work.iterdir():
-        target = directory / source.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
-        shutil.move(source, target)
+    """Renames the new files into place; an earlier export's are set aside until all are there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    new = list(work.iterdir())
+    aside = work / "replaced"
+    aside.mkdir()
+    try:
+        for source in new:
+            target = directory / source.name
+            if target.exists():
+                os.replace(target, aside / source.name)
+            os.replace(source, target)
+    except BaseException:
+        for old in aside.iterdir():
+            target = directory / old.name
+            if target.exists():
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+            os.replace(old, target)
+        raise
 
 
-def _layer_sparsities(prunable: dict[str, keras.Variable], content: bytes) -> tuple[LayerSparsity, ...]:
+def _layer_sparsities(variables: dict[str, keras.Variable], content: bytes) -> tuple[LayerSparsity, ...]:
     """Finds each kernel in the file by its pattern of zeros; names there do not survive conversion."""
     patterns = [constant != 0 for constant in constants(content) if constant.ndim > 1]
     found: dict[str, float] = {}
-    kernels = {path: np.asarray(variable) != 0 for path, variable in prunable.items()}
+    kernels = {path: np.asarray(variable) != 0 for path, variable in variables.items()}
     # The sparsest first: the fewer weights a kernel has left, the less can pass for it.
     for path in sorted(kernels, key=lambda path: kernels[path].mean()):
         match = _find(kernels[path], patterns)
@@ -297,14 +310,17 @@ def _layer_sparsities(prunable: dict[str, keras.Variable], content: bytes) -> tu
 
 
 def _find(kernel: np.ndarray, patterns: list[np.ndarray]) -> int | None:
-    """Which pattern is this kernel's with its axes in another order, zeros staying zeros."""
+    """Which pattern is this kernel's with its axes in another order, zeros staying zeros.
+
+    Axes of size 1 come and go in conversion; a depthwise kernel's two last axes become one.
+    """
+    forms = [np.squeeze(kernel)]
+    if kernel.ndim > 2:
+        forms.append(np.squeeze(kernel.reshape(*kernel.shape[:-2], -1)))
     best: tuple[int, int] | None = None
-    for i, pattern in enumerate(patterns):
-        if sorted(pattern.shape) != sorted(kernel.shape):
-            continue
-        for axes in itertools.permutations(range(kernel.ndim)):
-            turned = kernel.transpose(axes)
-            if turned.shape == pattern.shape and not (pattern & ~turned).any():
+    for i, pattern in enumerate(map(np.squeeze, patterns)):
+        for form in forms:
+            turned = (form.transpose(axes) for axes in itertools.permutations(range(form.ndim)))
+            if any(t.shape == pattern.shape and not (pattern & ~t).any() for t in turned):
                 best = max(best or (-1, -1), (int(pattern.sum()), i))
-                break
     return None if best is None else best[1]

@@ -9,13 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.batches import Batch, Batches
+from tf_prune.batches import Batch, Batches, inputs_like
+from tf_prune.losses import is_cross_entropy, on_logits, resolve_loss
 
 Arrays = dict[str, np.ndarray]
 Tensors = list[tf.Tensor]
 MaskMapping = Mapping[str, np.ndarray]
-
-_SMALLEST = 1e-37  # of the normal float32 numbers, nearly: the logarithm of a probability stays finite
 
 
 @contextlib.contextmanager
@@ -33,50 +32,6 @@ def _noise_off(model: keras.Model) -> Iterator[None]:
     finally:
         for layer, name, value in changed:
             setattr(layer, name, value)
-
-
-def _resolve_loss(model: keras.Model, loss: Any) -> Any:
-    """The loss as a `keras.losses.Loss` or a callable; `None` stands for the model's own `compute_loss`."""
-    if loss is None:
-        overridden = type(model).compute_loss is not keras.Model.compute_loss
-        if not model.compiled:
-            raise ValueError(
-                f"The model {model.name!r} is not compiled and no loss was given. Call model.compile(optimizer, loss), "
-                "or pass loss=... here."
-            )
-        if overridden:
-            return None
-        if model.loss is None:
-            raise ValueError(
-                f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one."
-            )
-        if isinstance(model.loss, (list, tuple, dict)) or model.loss in ("crossentropy", "ce"):
-            return None
-        loss = model.loss
-    loss = keras.losses.get(loss)
-    name = getattr(loss, "__name__", "")
-    if name and loss is getattr(keras.losses, name, None):
-        # The class of the same name knows how to reduce, and whether it takes logits.
-        loss_class = getattr(keras.losses, "".join(word.title() for word in name.split("_")), None)
-        loss = loss_class() if loss_class else loss
-    return loss
-
-
-def _is_cross_entropy(loss: Any) -> bool:
-    return isinstance(loss, keras.losses.Loss) and "from_logits" in loss.get_config()
-
-
-def _logits(outputs: tf.Tensor, loss: keras.losses.Loss) -> tf.Tensor:
-    """What went into the final softmax or sigmoid; the outputs themselves if the loss takes logits."""
-    if loss.get_config()["from_logits"]:
-        return outputs
-    if hasattr(outputs, "_keras_logits"):
-        return outputs._keras_logits
-    # A constant per example drops out of a softmax, so the logarithm is as good as the logits.
-    probabilities = tf.maximum(tf.cast(outputs, tf.float32), _SMALLEST)
-    if "Binary" in type(loss).__name__:
-        return tf.math.log(probabilities) - tf.math.log(tf.maximum(1.0 - probabilities, _SMALLEST))
-    return tf.math.log(probabilities)
 
 
 def _describe(part: Any) -> str:
@@ -255,28 +210,40 @@ class Derivatives:
         x, y, sample_weight = batch
         with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
             outputs = self._model(x, training=training)
-            if not keras.tree.is_nested(outputs) and _is_cross_entropy(self._loss):
-                on_logits = type(self._loss).from_config({**self._loss.get_config(), "from_logits": True})
-                return on_logits(y, _logits(outputs, self._loss) / temperature, sample_weight)
-            if self._loss is None or keras.tree.is_nested(outputs):
-                value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
-                is_keras = type(self._model).compute_loss is keras.Model.compute_loss
-                return value - sum(self._model.losses) if is_keras else value
-            if isinstance(self._loss, keras.losses.Loss):
+            if len(keras.tree.flatten(outputs)) == 1:
+                (outputs,) = keras.tree.flatten(outputs)
+                y = keras.tree.flatten(y)[0] if len(keras.tree.flatten(y)) == 1 else y
+            if is_cross_entropy(self._loss):
+                loss, logits = on_logits(self._loss, outputs, temperature)
+                return loss(y, logits, sample_weight)
+            if self._loss is not None:
                 return self._loss(y, outputs, sample_weight)
-            values = self._loss(y, outputs)
-            return tf.reduce_mean(values if sample_weight is None else values * sample_weight)
+            value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
+            is_keras = type(self._model).compute_loss is keras.Model.compute_loss
+            return value - sum(self._model.losses) if is_keras else value
 
     # -- what is checked, and what is averaged ---------------------------------------------------
 
     def _check_loss(self, temperature: float) -> None:
         if not self._loss_is_resolved:
-            self._loss, self._loss_is_resolved = _resolve_loss(self._model, self._loss), True
-        if temperature != 1.0 and not _is_cross_entropy(self._loss):
+            loss, outputs = self._loss, getattr(self._model, "outputs", None) or []
+            if loss is not None and len(outputs) > 1:
+                raise ValueError(
+                    f"loss={loss!r} cannot be taken for a model with {len(outputs)} outputs. Compile the model with "
+                    "its losses and leave loss out."
+                )
+            self._loss, self._loss_is_resolved = resolve_loss(self._model, loss), True
+        if temperature != 1.0 and not is_cross_entropy(self._loss):
             raise ValueError(
-                f"A temperature of {temperature:g} divides the logits of a cross-entropy, but the loss is "
-                f"{getattr(self._loss, 'name', self._loss)!r}. Use temperature=1.0 with this loss."
+                f"A temperature of {temperature:g} divides the logits of one cross-entropy, but the loss is "
+                f"{self._loss_name()}. Use temperature=1.0, or compile with a keras.losses cross-entropy."
             )
+
+    def _loss_name(self) -> str:
+        if self._loss is not None:
+            return repr(self._loss.name)
+        own = type(self._model).compute_loss is not keras.Model.compute_loss
+        return "the model's own compute_loss" if own else repr(self._model.loss)
 
     def _mask_tensors(self, masks: MaskMapping | None) -> Tensors | None:
         return None if masks is None else [tf.constant(masks[path]) for path in self.variables]
@@ -284,14 +251,13 @@ class Derivatives:
     def _ones(self, example: Any) -> Any:
         if example is not None:
             return keras.tree.map_structure(lambda leaf: tf.ones_like(leaf[:1]), example)
-        inputs = getattr(self._model, "inputs", None)
-        if not inputs or any(None in tensor.shape[1:] for tensor in inputs):
+        ones = inputs_like(self._model, lambda shape, dtype: np.ones((1, *shape), dtype))
+        if ones is None:
             raise ValueError(
                 f"The model {self._model.name!r} does not say of what shape its inputs are, and synaptic flow needs "
                 "an input of ones. Pass data=(x, y): only the shape of x is used."
             )
-        ones = [tf.ones((1, *tensor.shape[1:]), tensor.dtype) for tensor in inputs]
-        return ones[0] if len(ones) == 1 else ones
+        return keras.tree.map_structure(tf.convert_to_tensor, ones)
 
     def _mean(
         self, function: Callable[..., Tensors], batches: Iterable[Batch], masks: MaskMapping | None, *rest: Any
@@ -312,13 +278,14 @@ class Derivatives:
         try:
             with _noise_off(self._model):
                 value = function(batch, *rest)
-        except (tf.errors.InvalidArgumentError, ValueError, TypeError) as error:
+        except (tf.errors.OpError, ValueError, TypeError) as error:
             x, y, _ = batch
+            lines = [line.strip() for line in str(error).splitlines() if line.strip() and "{{node" not in line]
             raise ValueError(
                 f"The loss cannot be computed on this batch: x is {_describe(x)}, y is {_describe(y)}, the loss is "
-                f"{getattr(self._loss, 'name', self._loss)!r}. Check that x fits the model and y the loss: a sparse "
+                f"{self._loss_name()}. Check that x fits the model and y the loss: a sparse "
                 "categorical cross-entropy takes integers below the number of outputs, a categorical one takes one-hot "
-                f"rows. The cause: {str(error).strip().splitlines()[-1]}"
+                f"rows. The cause: {lines[-1] if lines else type(error).__name__}"
             ) from error
         if self._disconnected:
             raise ValueError(

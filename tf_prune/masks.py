@@ -7,7 +7,6 @@ model order. A score is always "larger = keep".
 import math
 import numbers
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -39,7 +38,8 @@ def check_sparsity(sparsity: Any) -> float:
             f"sparsity must be a number in [0, 1), the fraction of weights removed; got {sparsity!r} "
             f"of type {type(sparsity).__name__}."
         )
-    value = float(sparsity)
+    # A float32 is written out first: 0.1 in float32 is the user's 0.1, not 0.100000001490116.
+    value = float(str(sparsity)) if isinstance(sparsity, np.floating) else float(sparsity)
     if 0.0 <= value < 1.0:
         return value
     hint = f" Did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
@@ -121,7 +121,7 @@ class Masks(Mapping[str, np.ndarray]):
     @property
     def density(self) -> float:
         """The fraction of weights that is kept."""
-        return self.num_kept / self.num_weights
+        return self.num_kept / self.num_weights if self.num_weights else 1.0
 
     @property
     def sparsity(self) -> float:
@@ -141,15 +141,15 @@ class Masks(Mapping[str, np.ndarray]):
             arrays[f"shape_{i}"] = np.array(mask.shape, np.int64)
             arrays[f"bits_{i}"] = np.packbits(mask)
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            with open(temporary, "wb") as stream:
                 np.savez_compressed(stream, allow_pickle=False, **arrays)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -205,12 +205,14 @@ def _keep_largest(flat: np.ndarray, count: int) -> np.ndarray:
 
 
 def _select(
-    scores: Scores, sparsity: float, among: Mapping[str, np.ndarray] | None, where: str
+    scores: Scores, sparsity: float, among: Mapping[str, np.ndarray] | None, or_fewer: bool, where: str
 ) -> dict[str, np.ndarray]:
     flat = np.concatenate([np.ravel(score) for score in scores.values()])
     count = num_kept(flat.size, sparsity)
     if among is not None:
         candidates = np.concatenate([np.ravel(among[path]) for path in scores])
+        if or_fewer:
+            count = min(count, int(np.count_nonzero(candidates)))
         if count > np.count_nonzero(candidates):
             raise ValueError(
                 f"Sparsity {sparsity:g} keeps {count:,} of the {flat.size:,} weights of {where}, but only "
@@ -229,6 +231,7 @@ def masks_from_scores(
     sparsity: float,
     scope: str = "global",
     among: Mapping[str, np.ndarray] | None = None,
+    or_fewer: bool = False,
 ) -> Masks:
     """Keeps the weights with the largest scores; the only place where scores become masks.
 
@@ -240,6 +243,7 @@ def masks_from_scores(
         sparsity: Fraction in [0, 1) to remove.
         scope: `"global"` ranks all weights together; `"layerwise"` removes this fraction of each array.
         among: Masks of the candidates; a weight that is `False` there is never kept. It still counts in d.
+        or_fewer: Keeps all candidates, instead of raising, where fewer are left than are to be kept.
 
     Returns:
         `Masks` with the keys, the order and the shapes of `scores`.
@@ -256,11 +260,11 @@ def masks_from_scores(
     scores = {path: np.asarray(score) for path, score in scores.items()}
     check_finite(scores)
     if scope == "global":
-        masks = _select(scores, sparsity, among, "the model")
+        masks = _select(scores, sparsity, among, or_fewer, "the model")
     else:
         masks = {}
         for path, score in scores.items():
-            masks.update(_select({path: score}, sparsity, among, repr(path)))
+            masks.update(_select({path: score}, sparsity, among, or_fewer, repr(path)))
     if not any(mask.any() for mask in masks.values()):
         total = sum(score.size for score in scores.values())
         raise ValueError(

@@ -45,10 +45,11 @@ def check_model(model: object) -> None:
     """Raises if `model` is not a built Keras 3 model."""
     if not isinstance(model, keras.Model):
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        is_legacy = any(parent.__module__.startswith("tf_keras") for parent in type(model).__mro__)
         hint = (
             " That is a legacy Keras 2 model: rebuild it with `import keras` (Keras 3) and copy its weights with "
             "`new.set_weights(old.get_weights())`."
-            if "tf_keras" in kind
+            if is_legacy
             else ""
         )
         raise TypeError(f"Expected a keras.Model (Keras {keras.__version__}), received {kind}.{hint}")
@@ -68,8 +69,30 @@ def _matches(layer: keras.Layer, filters: Filters) -> bool:
     return any(re.search(pattern, layer.name) for pattern in patterns)
 
 
-def _reason_to_skip(layer: keras.Layer | None, variable: keras.Variable, filters: Filters) -> str | None:
-    """Why this variable is left alone, or `None` if it is prunable."""
+def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
+    """Every weight of the model under the key that scores and masks use for it, in model order.
+
+    That is `variable.path`. Two variables can share a path when two sub-models name their layers alike; the second is
+    then called `path@2`, the third `path@3`.
+    """
+    weights: dict[str, keras.Variable] = {}
+    seen: dict[str, int] = {}
+    for variable in model.weights:
+        number = seen[variable.path] = seen.get(variable.path, 0) + 1
+        weights[variable.path if number == 1 else f"{variable.path}@{number}"] = variable
+    return weights
+
+
+def _owners(model: keras.Model) -> dict[int, keras.Layer]:
+    return {
+        id(variable): layer
+        for layer in model._flatten_layers()
+        for variable in layer._trainable_variables + layer._non_trainable_variables
+    }
+
+
+def _why_no_kernel(layer: keras.Layer | None, variable: keras.Variable) -> str | None:
+    """Why this variable is not a float kernel, or `None` if it is one."""
     if layer is None:
         return "no layer of the model owns it"
     names = next((names for classes, names in _KERNELS if isinstance(layer, classes)), ())
@@ -79,13 +102,13 @@ def _reason_to_skip(layer: keras.Layer | None, variable: keras.Variable, filters
         if len(variable.shape) < 2:
             return "a bias, scale, statistic or state: not a connection between units"
         return f"no known kernel of a {type(layer).__name__} layer"
-    if not keras.backend.is_float_dtype(variable.dtype):
-        return f"quantized to {variable.dtype}"
-    if not _matches(layer, filters):
-        return "not chosen by filters"
-    if not variable.trainable:
-        return "frozen: its layer is not trainable"
-    return None
+    return None if keras.backend.is_float_dtype(variable.dtype) else f"quantized to {variable.dtype}"
+
+
+def find_kernels(model: keras.Model) -> dict[str, keras.Variable]:
+    """The kernels of the model in float, frozen ones too; there may be none."""
+    owners = _owners(model)
+    return {p: v for p, v in weights_by_path(model).items() if _why_no_kernel(owners.get(id(v)), v) is None}
 
 
 def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
@@ -94,8 +117,7 @@ def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
     Prunable are the kernels of dense, einsum-dense, convolutional (also transposed, depthwise and
     separable) and recurrent layers, at any depth of nesting; a layer used twice counts once.
 
-    A key is `variable.path`. Two variables can share a path when two sub-models name their layers
-    alike; the second is then called `path@2`, the third `path@3`, in model order.
+    A key is `variable.path`; see `weights_by_path` for two variables with the same one.
 
     Args:
         model: A built `keras.Model`.
@@ -112,18 +134,16 @@ def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
     ['head/kernel']
     """
     check_model(model)
-    owners = {
-        id(variable): layer
-        for layer in model._flatten_layers()
-        for variable in layer._trainable_variables + layer._non_trainable_variables
-    }
+    owners = _owners(model)
     prunable: dict[str, keras.Variable] = {}
     skipped: dict[str, str] = {}
-    seen: dict[str, int] = {}
-    for variable in model.weights:
-        seen[variable.path] = seen.get(variable.path, 0) + 1
-        path = variable.path if seen[variable.path] == 1 else f"{variable.path}@{seen[variable.path]}"
-        reason = _reason_to_skip(owners.get(id(variable)), variable, filters)
+    for path, variable in weights_by_path(model).items():
+        layer = owners.get(id(variable))
+        reason = _why_no_kernel(layer, variable)
+        if layer is not None and reason is None and not _matches(layer, filters):
+            reason = "not chosen by filters"
+        elif reason is None and not variable.trainable:
+            reason = "frozen: its layer is not trainable"
         if reason is None:
             prunable[path] = variable
         else:

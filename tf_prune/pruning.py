@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.batches import Batches
+from tf_prune.batches import Batches, inputs_like
 from tf_prune.criteria import SNIP, Criterion, GraSP, Magnitude, Random, SynapticFlow
 from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.gradients import Derivatives
@@ -89,7 +89,9 @@ class Iterative:
         for step in range(1, self.num_steps + 1):
             data = batches if self.num_batches is None else batches.take(self.num_batches)
             scores = self.criterion.scores(derivatives, data, current)
-            current = masks_from_scores(scores, schedule(step), scope, among if self.revive else current)
+            candidates = among if self.revive else current
+            # On a model that was pruned before, the first steps may ask for more weights than are left.
+            current = masks_from_scores(scores, schedule(step), scope, candidates, or_fewer=step < self.num_steps)
             if progress:
                 progress.update(step, [("sparsity", current.sparsity)], finalize=step == self.num_steps)
         assert current is not None  # noqa: S101 - for the type checker: num_steps is at least 1
@@ -210,7 +212,7 @@ def score(
     """
     method = _as_iterative(criterion)
     derivatives = Derivatives(model, find_prunable(model, filters).prunable, loss)
-    scores = method.criterion.scores(derivatives, Batches(data), masks_of(model) or None)
+    scores = method.criterion.scores(derivatives, Batches(data), _existing_masks(model, derivatives))
     check_finite(scores)
     return scores
 
@@ -218,14 +220,21 @@ def score(
 def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, example: Any) -> bool:
     """Whether anything of the input reaches the outputs; `True` where there is no input to try it on."""
     if example is None:
-        inputs = getattr(model, "inputs", None) or []
-        if not inputs or any(None in t.shape[1:] or not keras.backend.is_float_dtype(t.dtype) for t in inputs):
-            return True
         generator = np.random.default_rng(0)
-        example = [generator.standard_normal((8, *t.shape[1:])).astype(np.float32) for t in inputs]
-        example = example[0] if len(example) == 1 else example
+        example = inputs_like(model, lambda shape, dtype: generator.integers(0, 2, (8, *shape)).astype(dtype))
+    if example is None:
+        return True
     first = keras.ops.convert_to_numpy(keras.tree.flatten(example)[0])
     return bool((first == first[:1]).all()) or derivatives.sees_its_input(masks, example)
+
+
+def _existing_masks(model: keras.Model, derivatives: Derivatives) -> Masks | None:
+    """The masks that the model has, all ones where a kernel has none; `None` if it has no mask at all."""
+    masks = masks_of(model)
+    shapes = {path: variable.shape for path, variable in derivatives.variables.items()}
+    if not any(path in masks for path in shapes):
+        return None
+    return Masks({path: masks.get(path, np.ones(shape, bool)) for path, shape in shapes.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,10 +325,8 @@ def prune(
     sparsity = check_sparsity(sparsity)
     survey = find_prunable(model, filters)
     derivatives = Derivatives(model, survey.prunable, loss)
-    existing = {path: mask for path, mask in masks_of(model).items() if path in survey.prunable}
-    among = {p: existing.get(p, np.ones(v.shape, bool)) for p, v in survey.prunable.items()} if existing else None
     batches = Batches(data)
-    masks = iterative.masks(derivatives, batches, sparsity, scope, Masks(among) if among else None, verbose)
+    masks = iterative.masks(derivatives, batches, sparsity, scope, _existing_masks(model, derivatives), verbose)
     emptied = tuple(path for path, mask in masks.items() if not mask.any())
     if emptied:
         warnings.warn(

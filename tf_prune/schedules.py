@@ -66,6 +66,4 @@ class Exponential(_Schedule):
         return self.sparsity if step == self.num_steps else 1.0 - (1.0 - self.sparsity) ** progress
 
 
-Schedule = Linear | Exponential
-
 SCHEDULES: dict[str, type[Linear] | type[Exponential]] = {"linear": Linear, "exponential": Exponential}
