@@ -42,8 +42,11 @@ class SNIP:
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None) -> Arrays:
         """See `Criterion.scores`."""
-        gradients = derivatives.gradient(batches, masks, training=self.training)
-        return {path: np.abs(weight * gradients[path]) for path, weight in derivatives.weights().items()}
+        scores = derivatives.gradient(batches, masks, training=self.training)
+        for path, weight in derivatives.weights().items():
+            np.multiply(weight, scores[path], out=scores[path])
+            np.abs(scores[path], out=scores[path])
+        return scores
 
 
 @dataclasses.dataclass(frozen=True)

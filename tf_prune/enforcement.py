@@ -109,9 +109,9 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     1
     """
     check_model(model)
-    variables = weights_by_path(model)
+    variables = find_kernels(model)
     is_new = False
-    for path, mask in _fitted(find_kernels(model), masks if isinstance(masks, Masks) else Masks(masks)).items():
+    for path, mask in _fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
         variable = variables[path]
         if not isinstance(variable.constraint, _MaskConstraint):
             variable.constraint = _MaskConstraint(variable)

@@ -36,7 +36,7 @@ def _noise_off(model: keras.Model) -> Iterator[None]:
 
 def _describe(part: Any) -> str:
     leaves = [keras.ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
-    return ", ".join(f"{a.dtype}{list(a.shape)} from {a.min():g} to {a.max():g}" for a in leaves if a.size)
+    return ", ".join(f"{a.dtype}{list(a.shape)} from {a.min()} to {a.max()}" for a in leaves if a.size)
 
 
 class Derivatives:

@@ -209,18 +209,20 @@ def _select(
 ) -> dict[str, np.ndarray]:
     flat = np.concatenate([np.ravel(score) for score in scores.values()])
     count = num_kept(flat.size, sparsity)
-    if among is not None:
-        candidates = np.concatenate([np.ravel(among[path]) for path in scores])
+    if among is None:
+        kept = _keep_largest(flat, count)
+    else:
+        candidates = np.flatnonzero(np.concatenate([np.ravel(among[path]) for path in scores]))
         if or_fewer:
-            count = min(count, int(np.count_nonzero(candidates)))
-        if count > np.count_nonzero(candidates):
+            count = min(count, candidates.size)
+        if count > candidates.size:
             raise ValueError(
                 f"Sparsity {sparsity:g} keeps {count:,} of the {flat.size:,} weights of {where}, but only "
-                f"{np.count_nonzero(candidates):,} are not yet pruned. Ask for a higher sparsity, or call "
-                "remove_masks(model) first to let pruned weights come back."
+                f"{candidates.size:,} are not yet pruned. Ask for a higher sparsity, or call remove_masks(model) first "
+                "to let pruned weights come back."
             )
-        flat[~candidates] = -np.inf
-    kept = _keep_largest(flat, count)
+        kept = np.zeros(flat.size, bool)
+        kept[candidates[_keep_largest(flat[candidates], count)]] = True
     ends = np.cumsum([score.size for score in scores.values()])
     pieces = np.split(kept, ends[:-1])
     return {path: piece.reshape(np.shape(score)) for piece, (path, score) in zip(pieces, scores.items(), strict=True)}
