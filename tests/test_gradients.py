@@ -322,6 +322,29 @@ def test_synaptic_flow_goes_through_to_the_logits(last):
     np.testing.assert_allclose(next(iter(derivatives_of(model).synaptic_flow().values())), np.ones((3, 4)))
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def test_synaptic_flow_beyond_float32_keeps_its_ranking_and_its_conservation(factor):
+    def network(scale):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        chain = [layers.Dense(6, "relu") for _ in range(8)]
+        model = keras.Sequential([keras.Input((6,)), *chain])
+        for i, layer in enumerate(chain):
+            layer.kernel.assign(layer.kernel * scale)
+            if i < 3:  # an offset that scales as what it is added to
+                layer.bias.assign(np.full(6, 0.1 * scale ** (i + 1)))
+        return derivatives_of(model)
+
+    plain, extreme = network(1.0), network(factor)
+    one, other = plain.synaptic_flow(), extreme.synaptic_flow()
+    ratios = []
+    for path, weight in plain.weights().items():
+        a, b = np.abs(weight * one[path]), np.abs(weight * other[path])
+        ratios.append(b.sum(dtype=np.float64) / a.sum(dtype=np.float64))
+        np.testing.assert_allclose(b / b.sum(dtype=np.float64), a / a.sum(dtype=np.float64), rtol=1e-3)
+    np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
+
+
 def test_synaptic_flow_asks_for_a_shape_it_cannot_know():
     with pytest.raises(ValueError, match=r"does not say of what shape.*Pass data"):
         derivatives_of(helpers.build("subclassed")).synaptic_flow()

@@ -124,12 +124,23 @@ class Derivatives:
         Every other float weight is made absolute too. Batch normalization uses its moving statistics. A final
         softmax or sigmoid is left out: the sum of a softmax is constant.
 
+        R multiplies up layer by layer, beyond float32 for a ResNet of 32 layers. Where it does, the input and every
+        offset, and R itself, are scaled down (or up) alike: the gradients of a network of rectifiers all change by
+        one common factor, and their ranking by nothing.
+
         Args:
             masks: Masks of all variables; `None` keeps all.
             example: An input batch that gives the shape where the model does not (subclassed, or of any size).
         """
         function = self._function("synaptic_flow", self._flow_gradient)
-        return self._named(function(self._ones(example), self._mask_tensors(masks)))
+        ones, mask_tensors = self._ones(example), self._mask_tensors(masks)
+        gradients: Arrays = {}
+        for scale in (1.0, 1e-8, 1e-16, 1e8, 1e16):
+            gradients = self._named(function(ones, mask_tensors, tf.constant(scale)))
+            # Too small a flow has lost its digits before it is zero. NaN compares as False.
+            if 1e-20 < np.max([g.max() for g in gradients.values()]) < np.inf:
+                break
+        return gradients
 
     def sees_its_input(self, masks: MaskMapping, example: Any) -> bool:
         """Whether the masked network's outputs differ between the examples of a batch.
@@ -184,16 +195,22 @@ class Derivatives:
 
         return self._function(("hessian_gradient", temperature, training), hessian_gradient)
 
-    def _flow_gradient(self, ones: Any, masks: Tensors | None) -> Tensors:
+    def _flow_gradient(self, ones: Any, masks: Tensors | None, scale: tf.Tensor) -> Tensors:
         weights = [tf.abs(weight) for weight in self._masked_weights(masks)]
         prunable = {id(variable) for variable in self.variables.values()}
         others = [v for v in self._model.weights if id(v) not in prunable and keras.backend.is_float_dtype(v.dtype)]
-        mapping = [(v, tf.abs(tf.convert_to_tensor(v.value))) for v in others]
+        offsets = ("bias", "beta", "moving_mean")
+        mapping = [
+            (v, tf.abs(tf.convert_to_tensor(v.value)) * tf.cast(scale if v.name in offsets else 1.0, v.dtype))
+            for v in others
+        ]
+        ones = keras.tree.map_structure(lambda x: x * tf.cast(scale, x.dtype) if x.dtype.is_floating else x, ones)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             with keras.StatelessScope(state_mapping=mapping + list(zip(self.variables.values(), weights, strict=True))):
                 outputs = keras.tree.flatten(self._model(ones, training=False))
-                flow = tf.add_n([tf.reduce_sum(getattr(output, "_keras_logits", output)) for output in outputs])
+                logits = [tf.cast(getattr(output, "_keras_logits", output), tf.float32) for output in outputs]
+                flow = tf.add_n([tf.reduce_sum(output * scale) for output in logits])
         return _dense(tape.gradient(flow, weights), weights)
 
     def _masked_weights(self, masks: Tensors | None) -> Tensors:
