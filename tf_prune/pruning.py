@@ -337,8 +337,9 @@ def prune(
         )
     elif not _sees_its_input(model, derivatives, masks, batches.example):
         warnings.warn(
-            f"{iterative.name} at sparsity {sparsity:g} cut every path: the outputs of the pruned network no longer "
-            "depend on its input. Ask for a lower sparsity, or another method (SynFlow, FORCE with more steps).",
+            f"{iterative.name} at sparsity {sparsity:g} left a network whose outputs no longer depend on its input: "
+            "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or another method "
+            "(SynFlow, FORCE with more steps).",
             stacklevel=2,
         )
     apply_masks(model, masks)
