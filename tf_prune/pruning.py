@@ -338,8 +338,8 @@ def prune(
     elif not _sees_its_input(model, derivatives, masks, batches.example):
         warnings.warn(
             f"{iterative.name} at sparsity {sparsity:g} left a network whose outputs no longer depend on its input: "
-            "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or another method "
-            "(SynFlow, FORCE with more steps).",
+            "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or another "
+            "method (SynFlow, FORCE with more steps).",
             stacklevel=2,
         )
     apply_masks(model, masks)
