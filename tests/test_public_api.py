@@ -64,7 +64,9 @@ def blocks(language):
 @pytest.mark.parametrize("block", blocks("python"))
 def test_readme_examples_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    namespace: dict = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    assert tf_prune.masks_of(namespace["model"]).sparsity >= 0.9
 
 
 def test_the_readme_has_exactly_two_commands_of_one_line():
