@@ -36,6 +36,9 @@ class Config:
     score_batches: int = 10
     num_steps: int = 60
     scope: str = "global"
+    structure: str = "weights"
+    filters: str = ""
+    score_loss: str = "labels"
 
     @property
     def name(self) -> str:
@@ -60,14 +63,19 @@ _HELP = {
     "learning_rate": "At the start; it falls to 0 along a cosine.",
     "weight_decay": "Decoupled, of SGD with momentum 0.9.",
     "score_batches": "Batches for scoring: averaged by one-shot methods, one a step by iterative ones.",
-    "num_steps": "Steps of FORCE and of iterative SNIP.",
-    "scope": "Rank all weights together, or within each layer.",
+    "num_steps": "Steps of FORCE, iterative SNIP and GraSPIt.",
+    "scope": "How what is removed is shared out over the layers.",
+    "structure": "What is pruned together.",
+    "filters": "Regular expression for the names of the layers that are pruned; empty for all.",
+    "score_loss": "What scoring compares the outputs with.",
 }
 _CHOICES = {
     "method": tuple(tf_prune.METHODS),
     "model": tuple(models.MODELS),
     "dataset": datasets.DATASETS,
     "scope": tf_prune.SCOPES,
+    "structure": tuple(tf_prune.STRUCTURES),
+    "score_loss": ("labels", "uniform", "prediction", "prediction_raw", "quirk_raw_logit"),
 }
 
 
@@ -79,6 +87,8 @@ def _define_flags() -> None:
         elif isinstance(field.default, int):
             lowest = 0 if field.name in ("seed", "epochs") else 1
             flags.DEFINE_integer(field.name, field.default, _HELP[field.name], lower_bound=lowest)
+        elif isinstance(field.default, str):
+            flags.DEFINE_string(field.name, field.default, _HELP[field.name])
         else:
             flags.DEFINE_float(field.name, field.default, _HELP[field.name])
 
@@ -95,7 +105,7 @@ def config_of_flags() -> Config:
 
 def method_of(config: Config) -> Any:
     """The pruning method that the configuration names."""
-    if config.method in ("force", "iterative_snip"):
+    if config.method in ("force", "iterative_snip", "grasp_it"):
         return tf_prune.METHODS[config.method](num_steps=config.num_steps)
     if config.method == "random":
         return tf_prune.Random(config.seed)
@@ -144,7 +154,14 @@ def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[ker
         scoring = list(batches(data, config).take(config.score_batches))
         callbacks.append(
             tf_prune.PruneBeforeTraining(
-                method_of(config), config.sparsity, scoring, scope=config.scope, verbose=verbose
+                method_of(config),
+                config.sparsity,
+                scoring,
+                None if config.score_loss == "labels" else config.score_loss,
+                scope=config.scope,
+                structure=config.structure,
+                filters=config.filters or None,
+                verbose=verbose,
             )
         )
     history = model.fit(training, epochs=config.epochs, callbacks=callbacks, shuffle=False, verbose=0)

@@ -1,4 +1,7 @@
-"""THE TABLE: every method, schedule and model that the tests run over. A new one is one row here."""
+"""THE TABLE: every method and model that the tests run over, with every scope and structure of the package.
+
+A new one is one row here.
+"""
 
 import keras
 import numpy as np
@@ -12,7 +15,11 @@ METHODS = {
     "grasp": tf_prune.GraSP(),
     "force": tf_prune.FORCE(num_steps=4),
     "iterative_snip": tf_prune.IterativeSNIP(num_steps=4, schedule="linear"),
+    "grasp_it": tf_prune.GraSPIt(num_steps=4),
     "synflow": tf_prune.SynFlow(num_steps=5),
+    "loss_preservation": tf_prune.LossPreservation(magnitude_power=1),
+    "gradient_norm_preservation": tf_prune.GradientNormPreservation(),
+    "optimal_brain_damage": tf_prune.OptimalBrainDamage(num_probes=2),
     "magnitude": tf_prune.Magnitude(),
     "random": tf_prune.Random(seed=1),
 }
@@ -93,6 +100,29 @@ def recurrent():
     )
 
 
+def attention():
+    x = inputs = keras.Input((6, 6, 1))
+    x = layers.Reshape((6, 6))(x)
+    x = layers.LayerNormalization()(layers.MultiHeadAttention(2, 4, name="attention")(x, x))
+    x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, layers.Dense(4, "softmax", name="head")(x), name="attention_model")
+
+
+def separable():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            layers.Conv2D(8, 3, padding="same", activation="relu", name="stem"),
+            layers.DepthwiseConv2D(3, name="depthwise"),
+            layers.BatchNormalization(name="norm"),
+            layers.Conv2D(8, 1, groups=2, activation="relu", name="grouped"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(4, name="head"),
+        ],
+        name="separable",
+    )
+
+
 def subclassed():
     model = Subclassed()
     model(np.zeros((1, 6, 6, 1), np.float32))
@@ -107,7 +137,10 @@ MODELS = {
     "nested": nested,
     "subclassed": subclassed,
     "recurrent": recurrent,
+    "attention": attention,
+    "separable": separable,
 }
+ENDS_IN_SOFTMAX = ("mlp_softmax", "attention")
 
 
 def build(name, seed=0, optimizer="sgd"):
@@ -115,7 +148,7 @@ def build(name, seed=0, optimizer="sgd"):
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     model = MODELS[name]()
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=name != "mlp_softmax"))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=name not in ENDS_IN_SOFTMAX))
     return model
 
 

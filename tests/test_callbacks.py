@@ -144,3 +144,21 @@ def test_an_error_in_scoring_ends_fit_before_the_first_step():
         fit(model, tf_prune.SnipPruning(0.8, None))
     for a, b in zip(before, helpers.state(model), strict=False):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_callback_takes_every_option_of_prune():
+    model = helpers.build("separable")
+    callback = tf_prune.SnipPruning(
+        0.5,
+        helpers.batch(),
+        loss="uniform",
+        scope="erk",
+        structure="output_channels",
+        filters=["stem", "grouped"],
+        dropout=True,
+        verbose=0,
+    )
+    model.fit(*helpers.batch(), callbacks=[callback], verbose=0)
+    assert callback.report.groups.num_kept == 8
+    assert callback.report.scope == "erk"
+    helpers.assert_masks_hold(model, callback.report.masks)

@@ -1,6 +1,8 @@
 """The battery: every method of the table, over every model of the table."""
 
+import contextlib
 import dataclasses
+import math
 
 import keras
 import numpy as np
@@ -8,7 +10,10 @@ import pytest
 
 import tf_prune
 from tests import helpers
-from tf_prune.masks import num_kept
+from tf_prune.batches import Batches
+from tf_prune.gradients import Derivatives
+from tf_prune.scopes import num_kept
+from tf_prune.structures import cut_into_groups
 
 EVERY = pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.METHODS.keys())
 ON_EVERY_MODEL = pytest.mark.parametrize("name", helpers.MODELS)
@@ -16,6 +21,18 @@ ON_EVERY_MODEL = pytest.mark.parametrize("name", helpers.MODELS)
 
 def criterion_of(method):
     return getattr(method, "criterion", method)
+
+
+def score_by_magnitude(model):
+    return tf_prune.score(model, "magnitude")
+
+
+def groups_that_divide(structure, layouts):
+    groups = {}
+    for path, layout in layouts.items():
+        with contextlib.suppress(ValueError):
+            groups.update(cut_into_groups(structure, {path: layout})[0])
+    return groups
 
 
 def score(model, method, **options):
@@ -39,18 +56,40 @@ def test_scores_are_finite_have_the_kernels_form_and_leave_the_model(method, nam
 
 @EVERY
 @ON_EVERY_MODEL
-@pytest.mark.parametrize("scope", tf_prune.SCOPES)
-@pytest.mark.filterwarnings("ignore:.*left no weight in")  # small nets, high sparsity
-def test_counts_are_exact(method, name, scope):
+def test_counts_are_exact_and_a_layer_that_is_emptied_is_told(method, name, recwarn):
     model = helpers.build(name)
-    sizes = [score.size for score in score(model, "magnitude").values()]
-    sparsity = 0.8125
-    report = tf_prune.prune(model, method, sparsity, helpers.batch(), scope=scope, verbose=0)
-    expected = [num_kept(size, sparsity) for size in (sizes if scope == "layerwise" else [sum(sizes)])]
-    assert report.masks.num_kept == sum(expected)
-    if scope == "layerwise":
-        assert [int(mask.sum()) for mask in report.masks.values()] == expected
+    size = sum(score.size for score in score_by_magnitude(model).values())
+    report = tf_prune.prune(model, method, 0.8125, helpers.batch(), verbose=0)
+    assert report.masks.num_kept == num_kept(size, 0.8125)
+    assert any("left no weight in" in str(warning.message) for warning in recwarn) == bool(report.emptied)
+    assert set(report.emptied) == {path for path, mask in report.masks.items() if not mask.any()}
     helpers.assert_masks_hold(model, report.masks)
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["conv_bn", "recurrent", "attention", "separable"])
+def test_every_scope_keeps_exact_counts_of_the_groups_of_every_structure(method, name):
+    model = helpers.build(name)
+    survey = tf_prune.find_prunable(model)
+    iterative = method if isinstance(method, tf_prune.Iterative) else tf_prune.Iterative(method)
+    derivatives = {}  # one for each set of kernels, so that each is traced once
+    for structure in tf_prune.STRUCTURES.values():
+        groups = groups_that_divide(structure, survey.layouts)
+        variables = {path: survey.prunable[path] for path in groups}
+        if not variables:
+            continue
+        of_these = derivatives.setdefault(tuple(variables), Derivatives(model, variables))
+        for scope in (*tf_prune.SCOPES, {next(iter(groups)): 0.5}):
+            masks, kept = iterative.masks(of_these, Batches(helpers.batch()), 0.75, groups, scope)
+            sizes = {path: math.prod(group.group_shape) for path, group in groups.items()}
+            each = {p: num_kept(n, scope.get(p, 0.75) if isinstance(scope, dict) else 0.75) for p, n in sizes.items()}
+            if scope in ("global", "uniform", "erk"):
+                assert kept.num_kept == num_kept(sum(sizes.values()), 0.75), (structure, scope)
+            else:
+                assert {p: int(mask.sum()) for p, mask in kept.items()} == each, (structure, scope)
+            for path, group in groups.items():
+                np.testing.assert_array_equal(group.any(masks[path]), kept[path])
+                np.testing.assert_array_equal(group.spread(kept[path]), masks[path])
 
 
 @EVERY
@@ -64,8 +103,8 @@ def test_the_same_seed_gives_the_same_masks(method):
 
 @EVERY
 def test_permuting_hidden_units_permutes_the_scores(method):
-    if isinstance(method, tf_prune.Random):
-        pytest.skip("random scores know no unit")
+    if isinstance(method, tf_prune.Random | tf_prune.OptimalBrainDamage):
+        pytest.skip("random scores, and random probes, know no unit")
     model, permuted = helpers.build("mlp"), helpers.build("mlp")
     order = np.random.default_rng(0).permutation(16)
     a, bias, b, head_bias = model.get_weights()
@@ -76,11 +115,34 @@ def test_permuting_hidden_units_permutes_the_scores(method):
 
 
 @EVERY
-def test_scores_are_in_the_models_own_dtype_policy(method):
-    keras.config.set_dtype_policy("mixed_bfloat16")
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_prunes_exactly_too(method, policy):
+    keras.config.set_dtype_policy(policy)
     model = helpers.build("conv_bn")
     report = tf_prune.prune(model, method, 0.5, helpers.batch(), verbose=0)
+    assert report.sparsity == 0.5
     helpers.assert_masks_hold(model, report.masks)
+
+
+@EVERY
+@pytest.mark.parametrize("name", ["conv_bn", "recurrent"])
+def test_xla_gives_the_same_scores(method, name):
+    plain, compiled = helpers.build(name), helpers.build(name)
+    compiled.compile("sgd", plain.loss, jit_compile=True)
+    one, other = score(plain, method), score(compiled, method)
+    for path, other_path in zip(one, other, strict=True):
+        scale = np.abs(one[path]).max()
+        np.testing.assert_allclose(other[other_path], one[path], rtol=1e-3, atol=1e-4 * scale)
+
+
+@EVERY
+def test_several_batches_equal_one_big_batch_without_batch_normalization(method):
+    method = criterion_of(method)
+    x, y = helpers.batch(16)
+    data = [(x[:3], y[:3]), (x[3:8], y[3:8]), (x[8:], y[8:])]
+    one, several = (tf_prune.score(helpers.build("residual"), method, d) for d in ((x, y), data))
+    for (path, a), b in zip(one.items(), several.values(), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max(), err_msg=path)
 
 
 @EVERY
@@ -223,7 +285,17 @@ def test_random_scores_differ_by_seed_and_look_uniform():
     assert a.max() < 1
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_that_is_not_positive_is_an_error(temperature):
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        tf_prune.GraSP(temperature=temperature)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tf_prune.GraSP(temperature=0.0), "temperature must be positive"),
+        (lambda: tf_prune.GraSP(temperature=-1.0), "temperature must be positive"),
+        (lambda: tf_prune.GraSP(temperature=float("nan")), "temperature must be positive"),
+        (lambda: tf_prune.LossPreservation(magnitude_power=2), "magnitude_power must be 0 or 1, got 2"),
+        (lambda: tf_prune.Magnitude(p=3), r"p must be 1, 2, math.inf or -math.inf, got 3"),
+        (lambda: tf_prune.OptimalBrainDamage(num_probes=0), "num_probes must be at least 1, got 0"),
+    ],
+)
+def test_an_option_out_of_range_is_an_error_when_the_criterion_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

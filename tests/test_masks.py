@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_prune.masks import Masks, check_sparsity, masks_from_scores, num_kept
+from tf_prune.masks import Masks, masks_from_scores
+from tf_prune.scopes import check_sparsity, num_kept
 
 SHAPES = npst.array_shapes(min_dims=1, max_dims=4, max_side=6)
 # Few distinct values, so that ties are the rule; and any float at all.
@@ -147,7 +148,7 @@ def test_a_percentage_gets_a_hint():
 
 
 def test_an_unknown_scope_says_which_there_are():
-    with pytest.raises(ValueError, match="'global', 'layerwise', got 'layer'"):
+    with pytest.raises(ValueError, match=r"'global', 'layerwise', 'uniform', 'erk', or a table; got 'layer'"):
         masks_from_scores({"a": np.ones(3)}, 0.5, scope="layer")
 
 
@@ -213,3 +214,29 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         Masks({"a": [False, False]}).save(file)
     assert Masks.load(file) == old
     assert os.listdir(tmp_path) == ["masks.npz"]
+
+
+@pytest.mark.parametrize("kind", ["normal", "mostly zero", "all equal", "negative", "two values"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("among", [False, True])
+def test_many_scores_equal_a_stable_sort(kind, dtype, among):
+    # Several chunks, digits beyond the first 16 bits, and ties across arrays.
+    generator = np.random.default_rng(0)
+    flat = generator.standard_normal(700_000)
+    flat = {
+        "normal": flat,
+        "mostly zero": np.where(flat > 1.5, flat, 0.0),
+        "all equal": np.full_like(flat, 0.1),
+        "negative": -np.abs(flat),
+        "two values": np.where(flat > 0, -1e-3, -1.0),
+    }[kind].astype(dtype)
+    scores = {"a": flat[:300_000], "b": flat[300_000:300_003], "c": flat[300_003:].reshape(-1, 1)}
+    allowed = {path: generator.random(score.shape) < 0.7 for path, score in scores.items()} if among else None
+    for sparsity in (0.35, 0.9, 0.999):
+        masks = masks_from_scores(scores, sparsity, among=allowed)
+        kept = num_kept(flat.size, sparsity)
+        candidates = flatten(allowed) if among else np.ones(flat.size, bool)
+        order = np.argsort(-flat.astype(np.float64), kind="stable")
+        expected = np.zeros(flat.size, bool)
+        expected[order[candidates[order]][:kept]] = True
+        np.testing.assert_array_equal(flatten(masks), expected)

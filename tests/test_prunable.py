@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import tf_prune
 from tests import helpers
 from tf_prune.prunable import find_prunable
 
@@ -115,3 +116,102 @@ def test_an_unbuilt_model_says_how_to_build_it():
 def test_another_object_is_named_with_its_module():
     with pytest.raises(TypeError, match=r"Expected a keras\.Model .* received numpy\.ndarray"):
         find_prunable(np.ones(3))
+
+
+def tokens():
+    model = keras.Sequential(
+        [keras.Input((5,), dtype="int32"), layers.Embedding(7, 8, name="table"), layers.Flatten(), layers.Dense(4)]
+    )
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    generator = np.random.default_rng(0)
+    return model, (generator.integers(0, 7, (12, 5)), generator.integers(0, 4, 12))
+
+
+@pytest.mark.parametrize("method", helpers.METHODS)
+@pytest.mark.parametrize("structure", [None, "output_channels", "input_channels"])
+@pytest.mark.filterwarnings("ignore:.*(left no weight in|no longer depend on its input)")
+def test_an_embedding_is_pruned_where_it_is_asked_for_and_stays_pruned(method, structure):
+    model, data = tokens()
+    options = {"structure": structure, "include": ["embeddings"], "verbose": 0}
+    report = tf_prune.prune(model, helpers.METHODS[method], 0.5, data, **options)
+    (path,) = (path for path in report.masks if "table" in path)
+    model.fit(*data, epochs=2, verbose=0)
+    assert not np.asarray(model.get_layer("table").embeddings)[~report.masks[path]].any()
+    assert report.groups.sparsity == pytest.approx(0.5, abs=1 / report.groups.num_weights)
+
+
+def test_biases_are_pruned_only_as_the_quirk_that_they_are():
+    model = helpers.build("separable")
+    data = helpers.batch()
+    report = tf_prune.prune(model, "snip", 0.5, data, include=["quirk_biases"])
+    names = {path.split("/")[-1] for path in report.masks}
+    assert names == {"kernel", "bias"}
+    assert not any("norm/" in path for path in report.masks)
+    # Biases start at 0, so all of them have the score 0, and go: as measured of the release.
+    assert not any(mask.any() for path, mask in report.masks.items() if path.endswith("bias"))
+    model.fit(*data, verbose=0)
+    assert not np.asarray(model.get_layer("head").bias).any()
+    report = tf_prune.prune(helpers.build("mlp"), "snip", 0.5, data, include=["quirk_biases"], structure="1x4")
+    assert "a bias has no inputs" in str(report)
+
+
+@pytest.mark.parametrize("include", ["embeddings", ["bias"], ["embeddings", "tables"]])
+def test_an_unknown_inclusion_says_which_there_are(include):
+    with pytest.raises(ValueError, match="include must be a list of 'embeddings', 'quirk_biases'; got"):
+        find_prunable(helpers.build("mlp"), include=include)
+
+
+@pytest.mark.parametrize("include", [(), ["embeddings"], ["quirk_biases"], ["embeddings", "quirk_biases"]])
+def test_masks_of_a_model_with_embeddings_fit_the_same_model_built_again(include):
+    model, data = tokens()
+    masks = tf_prune.prune(model, "snip", 0.5, data, include=include).masks
+    again = keras.Sequential.from_config(model.get_config() | {"name": "again"})
+    again.build((None, 5))
+    tf_prune.apply_masks(again, masks)
+    for one, other in zip(tf_prune.masks_of(again).values(), masks.values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_report_has_a_reason_for_every_kind_of_layer_that_it_leaves():
+    model = every_layer()
+    reasons = set(find_prunable(model).skipped.values())
+    assert reasons == {"a bias, scale, statistic or state: not a connection between units"}
+    chosen = ["depthwise", "separable", "transpose", "query"]
+    report = str(tf_prune.prune(model, "magnitude", 0.5, structure="1x4", filters=chosen))
+    assert "a depthwise kernel connects each input to its own outputs" in report
+    assert "not chosen by filters" in report
+
+
+# A table is keyed by layer objects: a layer, a wrapper, a whole inner model.
+def test_a_table_of_layers_gives_each_its_sparsity_and_the_others_the_default():
+    model = helpers.build("nested")
+    inner = next(layer for layer in model.layers if isinstance(layer, keras.Sequential))
+    report = tf_prune.prune(model, "magnitude", 0.5, scope={inner: 0.75})
+    kept = {path.split("/")[-2]: int(mask.sum()) for path, mask in report.masks.items()}
+    assert kept == {"body": 36 * 12 // 4, "head": 12 * 4 // 2}
+    assert "Magnitude, table: " in str(report)
+
+
+@pytest.mark.parametrize("method", ["force", "iterative_snip"])
+def test_a_table_is_reached_step_by_step(method):
+    model = helpers.build("mlp")
+    table = {model.get_layer("head"): 0.25}
+    report = tf_prune.prune(model, method, 0.875, helpers.batch(), scope=table, verbose=0)
+    assert [int(mask.sum()) for mask in report.masks.values()] == [72, 48]
+
+
+def test_a_wrong_table_says_what_it_names():
+    model = helpers.build("nested")
+    inner = next(layer for layer in model.layers if isinstance(layer, keras.Sequential))
+    body = inner.get_layer("body")
+    cases = [
+        ({"head": 0.5}, "keyed by layer objects, got 'head'"),
+        ({layers.Dense(3, name="stranger"): 0.5}, "names the layer 'stranger', which is not in the model.*body, head"),
+        ({inner: 0.5, body: 0.5}, "twice: by a layer, and by a model that contains it"),
+        ({body: 95}, r"Did you mean 0\.95"),
+    ]
+    before = helpers.state(model)
+    for table, message in cases:
+        with pytest.raises(ValueError, match=message):
+            tf_prune.prune(model, "magnitude", 0.5, scope=table)
+    helpers.assert_same_state(before, model)

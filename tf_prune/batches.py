@@ -68,6 +68,7 @@ class Batches:
 
     Attributes:
         example: The first inputs that were read, up to 8; `None` before that.
+        progress: What a progress bar over the batches is called; empty for none. One batch needs none.
 
     >>> [x.shape for x, y, _ in Batches((np.ones((4, 2)), np.ones(4)))]
     [(4, 2)]
@@ -79,6 +80,7 @@ class Batches:
         self._data: Any = [data] if isinstance(data, tuple) else data
         self._is_checked = False
         self.example: Any = None
+        self.progress = ""
         self._endless: Iterator[Batch] | None = None
 
     @property
@@ -89,7 +91,7 @@ class Batches:
     @property
     def once_only(self) -> bool:
         """Whether the data is a generator, which can be read a single time."""
-        return isinstance(self._data, Iterator)
+        return isinstance(self._data, Iterator) or getattr(self._data, "once_only", False)
 
     def __iter__(self) -> Iterator[Batch]:
         cardinality = getattr(self._data, "cardinality", None)
@@ -107,14 +109,28 @@ class Batches:
                 "iterable of such batches."
             )
         stream = (source[i] for i in range(source.num_batches)) if isinstance(source, keras.utils.PyDataset) else source
-        index = -1
+        index, bar, total = -1, None, self._num_batches()
         for index, batch in enumerate(stream):
+            if self.progress and (index or (total or 0) > 1):
+                bar = bar or keras.utils.Progbar(total, unit_name=self.progress)
+                bar.update(index)
             x, y, sample_weight = batch if self._is_checked else _check_batch(batch, index)
             if self.example is None:
                 self.example = keras.tree.map_structure(lambda leaf: leaf[:8], x)
             yield x, y, sample_weight
+        if bar:
+            bar.update(index + 1, finalize=True)
         if index < 0:
             raise ValueError("data is empty: it gave no batch. If it is a generator, it may have been read before.")
+
+    def _num_batches(self) -> int | None:
+        """How many batches there are, if the data says so."""
+        if isinstance(self._data, keras.utils.PyDataset):
+            return self._data.num_batches
+        cardinality = getattr(self._data, "cardinality", None)
+        if callable(cardinality):
+            return int(cardinality()) if int(cardinality()) > 0 else None
+        return len(self._data) if hasattr(self._data, "__len__") else None
 
     def _forever(self) -> Iterator[Batch]:
         yield from self._read()
@@ -125,6 +141,12 @@ class Batches:
             "tf.data.Dataset or a keras.utils.PyDataset, which can be read again."
         )
 
+    def halves(self) -> "Batches":
+        """The same batches, each cut in the middle into two."""
+        halved = Batches(_Halves(self))
+        halved._is_checked = True
+        return halved
+
     def take(self, count: int) -> "Batches":
         """The next `count` batches, starting over at the end of the data."""
         if self._endless is None:
@@ -132,3 +154,65 @@ class Batches:
         taken = Batches([next(self._endless) for _ in range(count)])
         taken._is_checked = True
         return taken
+
+
+class _Halves:
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self.once_only = batches.once_only
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            middle = len(keras.tree.flatten(batch)[0]) // 2
+            for part in (slice(None, middle), slice(middle, None)):
+                x, y, sample_weight = keras.tree.map_structure(
+                    lambda leaf, part=part: None if leaf is None else leaf[part], batch
+                )
+                yield x, y, sample_weight
+
+
+def class_balanced(data: Any, examples_per_class: int = 10, num_classes: int | None = None) -> tuple[Any, Any]:
+    """One batch with the first `examples_per_class` examples of each class, sorted by class: the batch of GraSP.
+
+    Args:
+        data: An `(x, y)` batch or an iterable of them; labels are integers, or one-hot rows.
+        examples_per_class: At least 1; the paper takes 10.
+        num_classes: Reading stops as soon as so many classes are full; `None` takes it from one-hot rows, or reads all
+            of the data and takes the classes that it finds.
+
+    Returns:
+        `(x, y)`, arrays of `examples_per_class` times the number of classes examples.
+
+    Raises:
+        ValueError: If a class has fewer examples, or a label is no class.
+
+    >>> x, y = class_balanced((np.arange(6.0), np.array([1, 0, 1, 0, 0, 1])), examples_per_class=2)
+    >>> x, y
+    (array([1., 3., 0., 2.]), array([0, 0, 1, 1]))
+
+    Source: Wang et al. 2020, Sec. 5, and their code, whose sampling stops only after a surplus example of each class.
+    """
+    if examples_per_class < 1:
+        raise ValueError(f"examples_per_class must be at least 1, got {examples_per_class}.")
+    found: dict[int, list[tuple[Any, Any]]] = {}
+    for x, y, _ in Batches(data):
+        rows = keras.ops.convert_to_numpy(y)
+        labels = rows.argmax(-1) if rows.ndim > 1 and rows.shape[-1] > 1 else rows.reshape(len(rows))
+        num_classes = rows.shape[-1] if rows.ndim > 1 and rows.shape[-1] > 1 else num_classes
+        examples = keras.tree.map_structure(keras.ops.convert_to_numpy, x)
+        for i, label in enumerate(labels.tolist()):
+            if label != int(label) or not 0 <= label < (num_classes or np.inf):
+                raise ValueError(f"The label {label} is no class: expected an integer from 0, below num_classes.")
+            if len(found.setdefault(int(label), [])) < examples_per_class:
+                found[int(label)].append((keras.tree.map_structure(lambda leaf, i=i: leaf[i], examples), rows[i]))
+        if num_classes and sum(map(len, found.values())) == num_classes * examples_per_class:
+            break
+    classes = range(num_classes) if num_classes else sorted(found)
+    short = {label: len(found.get(label, [])) for label in classes if len(found.get(label, [])) < examples_per_class}
+    if short:
+        counts = ", ".join(f"class {label} has {count}" for label, count in short.items())
+        raise ValueError(f"data has fewer than {examples_per_class} examples of some classes: {counts}.")
+    pairs = [pair for label in classes for pair in found[label]]
+    return keras.tree.map_structure(lambda *leaves: np.stack(leaves), *(x for x, _ in pairs)), np.stack(
+        [y for _, y in pairs]
+    )

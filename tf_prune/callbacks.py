@@ -2,16 +2,17 @@
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 
 from tf_prune.batches import Batches
 from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
-from tf_prune.masks import check_sparsity
 from tf_prune.prunable import Filters
-from tf_prune.pruning import FORCE, IterativeSNIP, Method, PruningReport, SynFlow, prune
+from tf_prune.pruning import FORCE, IterativeSNIP, Method, PruningReport, Scope, SynFlow, prune
+from tf_prune.scopes import check_sparsity
+from tf_prune.structures import Structure
 
 
 class PruneBeforeTraining(keras.callbacks.Callback):
@@ -24,9 +25,12 @@ class PruneBeforeTraining(keras.callbacks.Callback):
         sparsity: Fraction in [0, 1) to remove.
         data: An `(x, y)` batch or an iterable of them, for methods that need examples.
         loss: Defaults to the compiled loss.
-        scope: `"global"` or `"layerwise"`.
+        scope: How what is removed is shared out over the layers; as in `tf_prune.prune`.
+        structure: What is pruned together; as in `tf_prune.prune`.
         filters: Which layers; see `find_prunable`.
-        verbose: 0 is silent, 1 shows a progress bar while an iterative method runs.
+        include: What is prunable only on request; see `find_prunable`.
+        dropout: Whether dropout and noise layers act while scoring.
+        verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 
     Attributes:
         report: The `PruningReport`, or `None` before the first `fit`.
@@ -39,8 +43,11 @@ class PruneBeforeTraining(keras.callbacks.Callback):
         data: Any = None,
         loss: Any = None,
         *,
-        scope: str = "global",
+        scope: Scope = "global",
+        structure: str | Structure | None = None,
         filters: Filters = None,
+        include: Sequence[str] = (),
+        dropout: bool = False,
         verbose: int = 1,
     ):
         super().__init__()
@@ -48,7 +55,14 @@ class PruneBeforeTraining(keras.callbacks.Callback):
         self.sparsity = check_sparsity(sparsity)
         self.data = data
         self.loss = loss
-        self.options: dict[str, Any] = {"scope": scope, "filters": filters, "verbose": verbose}
+        self.options: dict[str, Any] = {
+            "scope": scope,
+            "structure": structure,
+            "filters": filters,
+            "include": include,
+            "dropout": dropout,
+            "verbose": verbose,
+        }
         self.report: PruningReport | None = None
         self._pruned: Callable[[], Any] = lambda: None
 

@@ -70,10 +70,12 @@ def _fitted(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndar
         return path.rsplit("/", 1)[-1].split("@")[0], tuple(shape)
 
     unknown = [path for path in masks if path not in variables]
-    forms = [[form(path, value.shape) for path, value in mapping.items()] for mapping in (variables, masks)]
-    if unknown and forms[0] == forms[1]:
-        return dict(zip(variables, masks.values(), strict=True))
     if unknown:
+        # Tables of embeddings, and biases, are among the masks only if they were asked for.
+        for left_out in ((), ("embeddings",), ("bias",), ("embeddings", "bias")):
+            kernels = [path for path in variables if form(path, ())[0] not in left_out]
+            if [form(p, variables[p].shape) for p in kernels] == [form(p, mask.shape) for p, mask in masks.items()]:
+                return dict(zip(kernels, masks.values(), strict=True))
         raise ValueError(
             f"The masks name {unknown[0]!r}, which is not a prunable variable of this model. "
             f"It has: {', '.join(variables)}."
@@ -103,7 +105,7 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
         ValueError: If a key or a shape does not fit; nothing is changed then.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-    >>> (path,) = find_kernels(model)
+    >>> path, _ = find_kernels(model)  # kernel and bias
     >>> apply_masks(model, {path: np.array([[True, False], [False, False]])})
     >>> masks_of(model).num_kept
     1

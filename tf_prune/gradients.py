@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -10,28 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_prune.batches import Batch, Batches, inputs_like
-from tf_prune.losses import is_cross_entropy, on_logits, resolve_loss
+from tf_prune.losses import is_cross_entropy, needs_labels, on_logits, resolve_loss
+from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 
 Arrays = dict[str, np.ndarray]
 Tensors = list[tf.Tensor]
 MaskMapping = Mapping[str, np.ndarray]
-
-
-@contextlib.contextmanager
-def _noise_off(model: keras.Model) -> Iterator[None]:
-    """Turns dropout and noise off while a function is traced; batch normalization stays as asked."""
-    changed = []
-    try:
-        for layer in model._flatten_layers():
-            for name in ("rate", "stddev", "dropout", "recurrent_dropout"):
-                value = getattr(layer, name, None)
-                if isinstance(value, float) and value > 0 and hasattr(layer, "seed_generator"):
-                    changed.append((layer, name, value))
-                    setattr(layer, name, 0.0)
-        yield
-    finally:
-        for layer, name, value in changed:
-            setattr(layer, name, value)
 
 
 def _describe(part: Any) -> str:
@@ -48,28 +32,44 @@ class Derivatives:
 
     The loss is a cross-entropy on logits wherever the model's loss is a cross-entropy, also if the model ends
     in a softmax. It is the loss function's value alone: regularizers and `add_loss` are not part of it. Dropout
-    and noise layers are off.
+    and noise layers are off unless they are asked for. XLA compiles it where the model was compiled with
+    `jit_compile=True`.
 
     Args:
         model: A built `keras.Model`.
         variables: Mapping of path to the variables to differentiate by.
-        loss: A Keras loss, its name, or a callable `(y, outputs)`; `None` takes the compiled one.
+        loss: A Keras loss, its name, or a callable `(y, outputs)`; `None` takes the compiled one. `"uniform"`,
+            `"prediction"` and `"prediction_raw"` need no labels.
+        dropout: Whether dropout and noise layers act; with the same noise in each batch, as the model's seeds stay.
+
+    Raises:
+        ValueError: If a layer of the model is stateful.
     """
 
-    def __init__(self, model: keras.Model, variables: Mapping[str, keras.Variable], loss: Any = None):
+    def __init__(
+        self,
+        model: keras.Model,
+        variables: Mapping[str, keras.Variable],
+        loss: Any = None,
+        dropout: bool = False,
+    ):
+        check_no_state(model)
+        self._dropout = dropout
+        self._jit = True if model.compiled and model.jit_compile is True else None
         self._model = model
         self.variables = dict(variables)
         self._loss = loss
         self._loss_is_resolved = False
         self._functions: dict[Any, Callable[..., Tensors]] = {}
         self._disconnected: list[str] = []
+        self._problem: str | None = None
         # Gradients that pass through float16 would underflow, as in training; exact, being a power of 2.
         halves = any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
         self._scale = 128.0 if halves else 1.0
 
     def weights(self) -> Arrays:
-        """The weights as they are, in float32."""
-        return {path: np.asarray(variable).astype(np.float32, copy=False) for path, variable in self.variables.items()}
+        """The weights as they are, in float32, read-only: not a copy where the variable is of that type."""
+        return self._named([tf.cast(tf.convert_to_tensor(v.value), tf.float32) for v in self.variables.values()])
 
     def gradient(self, batches: Batches, masks: MaskMapping | None = None, *, training: bool = True) -> Arrays:
         """Gradient of the mean loss at the masked weights, by every weight: `dL(w) / dw` at `w = mask * weight`.
@@ -106,17 +106,48 @@ class Derivatives:
         Raises:
             ValueError: If a temperature is asked of another loss, or several batches come from a generator.
         """
-        product = self._hessian_gradient_function(temperature, training)
+        product = self._hessian_product_function(temperature, training)
         start = list(itertools.islice(batches, 2))
         if len(start) == 1:
             return self._mean(product, start, masks, None)
-        if batches.once_only:
-            raise ValueError(
-                "The Hessian-gradient product reads the data twice, but data is a generator, which can be read once. "
-                "Pass a list of batches, a tf.data.Dataset or a keras.utils.PyDataset."
-            )
+        _check_read_again(batches, "The Hessian-gradient product reads the data twice")
         gradient = self._mean(self._gradient_function(temperature, training), batches, masks)
         return self._mean(product, batches, masks, [tf.constant(g) for g in gradient.values()])
+
+    def hessian_diagonal(
+        self,
+        batches: Batches,
+        masks: MaskMapping | None = None,
+        *,
+        num_probes: int = 10,
+        seed: int = 0,
+        training: bool = True,
+    ) -> Arrays:
+        """Estimate of the diagonal of the Hessian of the mean loss: `E[v * Hv]` over random signs v (Hutchinson).
+
+        Unbiased; the variance of an entry is the sum of the squares of the other entries of its row of H, divided by
+        `num_probes`. All batches share the signs, so the result is that of one large batch.
+
+        Args:
+            batches: The examples, read `num_probes` times.
+            masks: Masks of all variables; `None` keeps all.
+            num_probes: How many vectors of signs.
+            seed: Of the signs.
+            training: As in `gradient`.
+        """
+        start = list(itertools.islice(batches, 2))
+        if len(start) > 1:
+            _check_read_again(batches, f"The Hessian's diagonal reads the data {num_probes} times")
+        product = self._hessian_product_function(1.0, training)
+        generator = np.random.default_rng(seed)
+        diagonal = {path: np.zeros(v.shape, np.float32) for path, v in self.variables.items()}
+        for _ in range(num_probes):
+            signs = [2.0 * generator.integers(0, 2, d.shape).astype(np.float32) - 1.0 for d in diagonal.values()]
+            source = batches if len(start) > 1 else start
+            products = self._mean(product, source, masks, [tf.constant(sign) for sign in signs])
+            for sign, (path, value) in zip(signs, products.items(), strict=True):
+                diagonal[path] += sign * value / num_probes
+        return diagonal
 
     def synaptic_flow(self, masks: MaskMapping | None = None, example: Any = None) -> Arrays:
         """Gradient of `R = sum(f(ones; |w|))` by `|w|` at the masked weights.
@@ -158,7 +189,15 @@ class Derivatives:
 
     def _function(self, key: Any, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         if key not in self._functions:
-            self._functions[key] = tf.function(function, reduce_retracing=True)
+
+            def traced(*args: Any) -> Tensors:
+                value = function(*args)
+                self._problem = why_not_repeatable(tf.compat.v1.get_default_graph())
+                if self._problem:
+                    raise ValueError(self._problem)  # before it runs, and writes
+                return value
+
+            self._functions[key] = tf.function(traced, reduce_retracing=True, jit_compile=self._jit)
         return self._functions[key]
 
     def _gradient_function(self, temperature: float, training: bool) -> Callable[..., Tensors]:
@@ -175,10 +214,11 @@ class Derivatives:
 
         return self._function(("gradient", temperature, training), gradient)
 
-    def _hessian_gradient_function(self, temperature: float, training: bool) -> Callable[..., Tensors]:
+    def _hessian_product_function(self, temperature: float, training: bool) -> Callable[..., Tensors]:
+        """Hessian times a vector, or times the gradient of the batch itself where the vector is `None`."""
         self._check_loss(temperature)
 
-        def hessian_gradient(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
+        def hessian_product(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
             weights = self._masked_weights(masks)
             with tf.GradientTape(watch_accessed_variables=False) as outer:
                 outer.watch(weights)
@@ -188,12 +228,12 @@ class Derivatives:
                 gradients = inner.gradient(loss, weights)
                 self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
                 gradients = _dense(gradients, weights)
-                scale = self._scale * temperature
-                directions = [tf.stop_gradient(g) for g in gradients] if vector is None else [v * scale for v in vector]
-                product = tf.add_n([tf.reduce_sum(g * v) for g, v in zip(gradients, directions, strict=True)])
-            return [h / scale**2 for h in _dense(outer.gradient(product, weights), weights)]
+            scale = self._scale * temperature
+            vector = gradients if vector is None else [v * scale for v in vector]
+            # The vector enters as the gradient of what comes after: no products, no sum.
+            return [h / scale**2 for h in _dense(outer.gradient(gradients, weights, vector), weights)]
 
-        return self._function(("hessian_gradient", temperature, training), hessian_gradient)
+        return self._function(("hessian_product", temperature, training), hessian_product)
 
     def _flow_gradient(self, ones: Any, masks: Tensors | None, scale: tf.Tensor) -> Tensors:
         weights = [tf.abs(weight) for weight in self._masked_weights(masks)]
@@ -232,7 +272,7 @@ class Derivatives:
                 y = keras.tree.flatten(y)[0] if len(keras.tree.flatten(y)) == 1 else y
             if is_cross_entropy(self._loss):
                 loss, logits = on_logits(self._loss, outputs, temperature)
-                return loss(y, logits, sample_weight)
+                return loss(y if needs_labels(loss) else logits, logits, sample_weight)
             if self._loss is not None:
                 return self._loss(y, outputs, sample_weight)
             value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
@@ -288,14 +328,18 @@ class Derivatives:
             size = keras.tree.flatten(tensors)[0].shape[0]
             value = self._evaluate(function, tensors, mask_tensors, *rest)
             count += size
-            mean = [m + (v - m) * (size / count) for m, v in zip(mean, value, strict=True)] if mean else value
+            for i, v in enumerate(value if mean else ()):
+                mean[i] = mean[i] + (v - mean[i]) * (size / count)  # one by one: the old ones go as the new ones come
+            mean = mean or list(value)
         return self._named(mean)
 
     def _evaluate(self, function: Callable[..., Tensors], batch: Batch, *rest: Any) -> Tensors:
         try:
-            with _noise_off(self._model):
+            with contextlib.nullcontext() if self._dropout else noise_off(self._model):
                 value = function(batch, *rest)
         except (tf.errors.OpError, ValueError, TypeError) as error:
+            if self._problem:
+                raise ValueError(self._problem) from None
             x, y, _ = batch
             lines = [line.strip() for line in str(error).splitlines() if line.strip() and "{{node" not in line]
             raise ValueError(
@@ -312,7 +356,8 @@ class Derivatives:
         return value
 
     def _named(self, tensors: Tensors) -> Arrays:
-        return {path: tensor.numpy() for path, tensor in zip(self.variables, tensors, strict=True)}
+        """As read-only arrays on the tensors' own memory."""
+        return {path: np.asarray(memoryview(tensor)) for path, tensor in zip(self.variables, tensors, strict=True)}
 
 
 def _dense(gradients: list[tf.Tensor | None], weights: Tensors) -> Tensors:
@@ -321,3 +366,11 @@ def _dense(gradients: list[tf.Tensor | None], weights: Tensors) -> Tensors:
         tf.zeros_like(w, tf.float32) if g is None else tf.cast(tf.convert_to_tensor(g), tf.float32)
         for g, w in zip(gradients, weights, strict=True)
     ]
+
+
+def _check_read_again(batches: Batches, what: str) -> None:
+    if batches.once_only:
+        raise ValueError(
+            f"{what}, but data is a generator, which can be read once. Pass a list of batches, a tf.data.Dataset or a "
+            "keras.utils.PyDataset."
+        )

@@ -24,8 +24,78 @@ class _Wrapped(keras.losses.Loss):
         return self._function(y_true, y_pred)
 
 
+class _OnLogits(keras.losses.Loss):
+    """A loss that takes logits, whatever the model ends in; `from_logits=None` where nothing says what it ends in."""
+
+    def __init__(self, from_logits: bool | None = None, **options: Any):
+        super().__init__(**options)
+        self.from_logits = from_logits
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "from_logits": self.from_logits}
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        if y_pred.shape[-1] == 1:  # one logit of two classes
+            y_pred = ops.concatenate([ops.zeros_like(y_pred), y_pred], -1)
+        log_probabilities = ops.log_softmax(y_pred)
+        return -ops.sum(self.target(y_pred) * log_probabilities, -1)
+
+    def target(self, logits: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Uniform(_OnLogits):
+    """Cross-entropy with the uniform distribution in the place of the labels."""
+
+    def target(self, logits: Any) -> Any:
+        return 1.0 / logits.shape[-1]
+
+
+class _Prediction(_OnLogits):
+    """Cross-entropy with the prediction, averaged over the batch, in the place of the labels."""
+
+    def target(self, logits: Any) -> Any:
+        return ops.stop_gradient(ops.mean(ops.softmax(logits), 0, keepdims=True))
+
+
+class _RawPrediction(_OnLogits):
+    """The same, averaged before the softmax."""
+
+    def target(self, logits: Any) -> Any:
+        return ops.stop_gradient(ops.softmax(ops.mean(logits, 0, keepdims=True)))
+
+
+class _RawLogit(_OnLogits):
+    """`-mean(logit[label])`: a negative log-likelihood that is given logits."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        if len(y_true.shape) < len(y_pred.shape) or y_true.shape[-1] != y_pred.shape[-1]:
+            labels = y_true[..., 0] if len(y_true.shape) == len(y_pred.shape) else y_true
+            y_true = ops.one_hot(ops.cast(labels, "int32"), y_pred.shape[-1])
+        return -ops.sum(ops.cast(y_true, y_pred.dtype) * y_pred, -1)
+
+
+# Losses that only scoring uses. The first three need no labels: Lee et al. 2020, Sec. 5.2, "Unif." and "Pred.
+# (softmax / raw)". The paper says of the last two no more than "the averaged output prediction of the network".
+LOSSES: dict[str, type[_OnLogits]] = {
+    "uniform": _Uniform,
+    "prediction": _Prediction,
+    "prediction_raw": _RawPrediction,
+    "quirk_raw_logit": _RawLogit,
+}
+
+
+def needs_labels(loss: Any) -> bool:
+    """Whether the loss looks at the labels at all."""
+    return not isinstance(loss, (_Uniform, _Prediction, _RawPrediction))
+
+
 def resolve_loss(model: keras.Model, loss: Any) -> keras.losses.Loss | None:
     """The loss as an object, or `None` for the model's own `compute_loss`: several losses, or one of the user's."""
+    if isinstance(loss, str) and loss in LOSSES:
+        compiled = resolve_loss(model, None) if model.compiled and model.loss is not None else None
+        from_logits = compiled.get_config().get("from_logits") if compiled is not None else None
+        return LOSSES[loss](from_logits, name=loss)
     is_compiled = loss is None
     if is_compiled:
         if not model.compiled:
@@ -73,12 +143,13 @@ def on_logits(loss: keras.losses.Loss, outputs: Any, temperature: float) -> tupl
 
 
 def _logits(loss: keras.losses.Loss, outputs: Any) -> Any:
-    if loss.get_config()["from_logits"]:
+    from_logits = loss.get_config()["from_logits"]
+    if from_logits:
         return outputs
-    if hasattr(outputs, "_keras_logits"):
-        return outputs._keras_logits
+    if from_logits is None or hasattr(outputs, "_keras_logits"):
+        return getattr(outputs, "_keras_logits", outputs)
     # A constant per example drops out of a softmax, so the logarithm is as good as the logits.
     probabilities = ops.maximum(ops.cast(outputs, "float32"), _SMALLEST)
-    if "Binary" in type(loss).__name__:
+    if "Binary" in type(loss).__name__ or (isinstance(loss, _OnLogits) and outputs.shape[-1] == 1):
         return ops.log(probabilities) - ops.log(ops.maximum(1.0 - probabilities, _SMALLEST))
     return ops.log(probabilities)

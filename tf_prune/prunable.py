@@ -1,30 +1,35 @@
-"""Which variables of a model can be pruned; for each other one, why not."""
+"""Which variables of a model can be pruned, and how their axes lie; for each other one, why not."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import layers
 
+from tf_prune.scopes import check_sparsity
+from tf_prune.structures import Kind, Layout
+
 Filters = str | Sequence[str] | Callable[[keras.Layer], bool] | None
 
-_CONVOLUTIONS = (
-    layers.Conv1D,
-    layers.Conv2D,
-    layers.Conv3D,
-    layers.Conv1DTranspose,
-    layers.Conv2DTranspose,
-    layers.Conv3DTranspose,
-    layers.DepthwiseConv1D,
-    layers.DepthwiseConv2D,
-)
+# What is prunable only when it is asked for, by the name under which it is.
+INCLUDE = ("embeddings", "quirk_biases")
+
+_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
+_CELLS = (layers.GRUCell, layers.LSTMCell, layers.SimpleRNNCell)
 
 # A subclass counts as its parent: a layer of the user's own that extends Dense is prunable.
-_KERNELS: list[tuple[tuple[type, ...], tuple[str, ...]]] = [
-    ((layers.SeparableConv1D, layers.SeparableConv2D), ("depthwise_kernel", "pointwise_kernel")),
-    ((layers.GRUCell, layers.LSTMCell, layers.SimpleRNNCell), ("kernel", "recurrent_kernel")),
-    ((layers.Dense, layers.EinsumDense, *_CONVOLUTIONS), ("kernel",)),
+_KERNELS: list[tuple[tuple[type, ...], dict[str, Kind]]] = [
+    (_SEPARABLE, {"depthwise_kernel": "depthwise", "pointwise_kernel": "convolution", "bias": "bias"}),
+    (_CELLS, {"kernel": "recurrent", "recurrent_kernel": "recurrent"}),
+    (_DEPTHWISE, {"kernel": "depthwise", "bias": "bias"}),
+    ((*_CONVOLUTIONS, *_TRANSPOSED), {"kernel": "convolution", "bias": "bias"}),
+    ((layers.Dense, layers.EinsumDense), {"kernel": "dense", "bias": "bias"}),
+    ((layers.Embedding,), {"embeddings": "embedding"}),
 ]
 
 
@@ -35,10 +40,14 @@ class Survey:
     Attributes:
         prunable: Mapping of path to variable, in model order.
         skipped: Mapping of path to the reason why this variable is left alone.
+        layouts: Mapping of the prunable paths to which axes are inputs and which outputs.
+        layers: Mapping of the prunable paths to the layers that own them.
     """
 
     prunable: dict[str, keras.Variable]
     skipped: dict[str, str]
+    layouts: dict[str, Layout]
+    layers: dict[str, keras.Layer]
 
 
 def check_model(model: object) -> None:
@@ -91,31 +100,100 @@ def _owners(model: keras.Model) -> dict[int, keras.Layer]:
     }
 
 
-def _why_no_kernel(layer: keras.Layer | None, variable: keras.Variable) -> str | None:
-    """Why this variable is not a float kernel, or `None` if it is one."""
-    if layer is None:
-        return "no layer of the model owns it"
-    names = next((names for classes, names in _KERNELS if isinstance(layer, classes)), ())
-    if variable.name not in names:
-        if isinstance(layer, layers.Embedding):
-            return "an embedding table: each row is a token, not a connection"
-        if len(variable.shape) < 2:
+def _kind(layer: keras.Layer | None, variable: keras.Variable) -> Kind | None:
+    """What this variable is to its layer; `None` if it is nothing that can be pruned."""
+    kinds = next((kinds for classes, kinds in _KERNELS if isinstance(layer, classes)), {})
+    return kinds.get(variable.name)
+
+
+def _why_not(layer: keras.Layer | None, variable: keras.Variable, include: Sequence[str]) -> str | None:
+    """Why this variable is left alone, or `None` if it is a float kernel."""
+    kind = _kind(layer, variable)
+    if kind == "embedding" and "embeddings" not in include:
+        return 'an embedding table: pruned only with include=["embeddings"]'
+    if kind is None or (kind == "bias" and "quirk_biases" not in include):
+        if layer is None:
+            return "no layer of the model owns it"
+        if len(variable.shape) < 2 or variable.name == "bias":
             return "a bias, scale, statistic or state: not a connection between units"
         return f"no known kernel of a {type(layer).__name__} layer"
     return None if keras.backend.is_float_dtype(variable.dtype) else f"quantized to {variable.dtype}"
 
 
-def find_kernels(model: keras.Model) -> dict[str, keras.Variable]:
-    """The kernels of the model in float, frozen ones too; there may be none."""
+def find_kernels(model: keras.Model, include: Sequence[str] = INCLUDE) -> dict[str, keras.Variable]:
+    """The float variables of the model that can have a mask, frozen ones too; there may be none."""
     owners = _owners(model)
-    return {p: v for p, v in weights_by_path(model).items() if _why_no_kernel(owners.get(id(v)), v) is None}
+    return {p: v for p, v in weights_by_path(model).items() if _why_not(owners.get(id(v)), v, include) is None}
 
 
-def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
+def _einsum_axes(equation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of the kernel that the equation sums over, and those that it puts into the output."""
+    inputs, kernel, output = re.split(",|->", equation.replace(" ", ""))
+    summed = tuple(i for i, letter in enumerate(kernel) if letter in inputs and letter not in output)
+    return summed, tuple(i for i, letter in enumerate(kernel) if letter in output and letter not in inputs)
+
+
+def _layout(layer: keras.Layer, variable: keras.Variable, is_last: bool) -> Layout:
+    kind = _kind(layer, variable)
+    assert kind is not None  # noqa: S101 - for the type checker: only called for what has one
+    shape = tuple(variable.shape)
+    inputs: tuple[int, ...] = (len(shape) - 2,)
+    outputs: tuple[int, ...] = (len(shape) - 1,)
+    view = shape
+    if kind == "bias":
+        inputs = ()
+    elif kind == "recurrent":
+        view = (shape[0], shape[1] // layer.units, layer.units)
+        inputs, outputs = (0,), (2,)
+    elif kind == "depthwise":
+        outputs = (len(shape) - 2, len(shape) - 1)
+    elif isinstance(layer, layers.EinsumDense):
+        inputs, outputs = _einsum_axes(layer.equation)
+    elif isinstance(layer, _TRANSPOSED):
+        inputs, outputs = outputs, inputs
+    elif getattr(layer, "groups", 1) > 1:
+        # (window, inputs of a group, groups, outputs of a group)
+        view = (*shape[:-1], layer.groups, shape[-1] // layer.groups)
+        inputs, outputs = (len(shape) - 1, len(shape) - 2), (len(shape) - 1, len(shape))
+    return Layout(kind, shape, view, inputs, outputs, is_last)
+
+
+def _last_kernels(model: keras.Model, kernels: Mapping[int, Any]) -> set[int]:
+    """Ids of the kernels whose outputs are the model's, but for layers without kernels in between.
+
+    A subclassed model does not say how its layers are connected: there it is the last kernel in model order.
+    """
+    if not getattr(model, "outputs", None):
+        return set(list(kernels)[-1:])
+    last: set[int] = set()
+    tensors, seen = list(model.outputs), set()
+    while tensors:
+        operation, node_index, _ = tensors.pop()._keras_history
+        if id(operation) in seen:
+            continue
+        seen.add(id(operation))
+        found = _last_in(operation, kernels) if isinstance(operation, keras.Layer) else set()
+        last |= found
+        if not found and operation._inbound_nodes:
+            tensors.extend(operation._inbound_nodes[node_index].input_tensors)
+    return last
+
+
+def _last_in(layer: keras.Layer, kernels: Mapping[int, Any]) -> set[int]:
+    """Ids of the kernels of one layer, maybe a composite one, that make its outputs."""
+    own = [id(v) for v in layer.variables if id(v) in kernels]
+    if isinstance(layer, keras.Model):
+        return _last_kernels(layer, dict.fromkeys(own))
+    recurrent = isinstance(layer, (layers.RNN, layers.Bidirectional, *_CELLS))
+    return set(own if recurrent else own[-1:])
+
+
+def find_prunable(model: keras.Model, filters: Filters = None, include: Sequence[str] = ()) -> Survey:
     """Lists the kernels that can be pruned, and why each other variable is not.
 
     Prunable are the kernels of dense, einsum-dense, convolutional (also transposed, depthwise and
-    separable) and recurrent layers, at any depth of nesting; a layer used twice counts once.
+    separable) and recurrent layers, at any depth of nesting; a layer used twice counts once. The first and the last
+    layer, shortcuts and attention are among them, as in the papers.
 
     A key is `variable.path`; see `weights_by_path` for two variables with the same one.
 
@@ -123,6 +201,8 @@ def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
         model: A built `keras.Model`.
         filters: A regular expression that is searched in the layer's name, a list of them, or a
             callable `layer -> bool`, as in `keras.Model.quantize`. `None` chooses every layer.
+        include: What is prunable only when it is asked for: `"embeddings"`, the tables of `keras.layers.Embedding`;
+            `"quirk_biases"`, the biases of these layers, which the release of SNIP prunes and its paper does not name.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.
@@ -134,12 +214,14 @@ def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
     ['head/kernel']
     """
     check_model(model)
+    if isinstance(include, str) or any(name not in INCLUDE for name in include):
+        raise ValueError(f"include must be a list of {', '.join(map(repr, INCLUDE))}; got {include!r}.")
     owners = _owners(model)
     prunable: dict[str, keras.Variable] = {}
     skipped: dict[str, str] = {}
     for path, variable in weights_by_path(model).items():
         layer = owners.get(id(variable))
-        reason = _why_no_kernel(layer, variable)
+        reason = _why_not(layer, variable, include)
         if layer is not None and reason is None and not _matches(layer, filters):
             reason = "not chosen by filters"
         elif reason is None and not variable.trainable:
@@ -153,4 +235,39 @@ def find_prunable(model: keras.Model, filters: Filters = None) -> Survey:
         raise ValueError(
             f"The model {model.name!r} has nothing to prune. Each variable, and why it is left:\n{reasons}"
         )
-    return Survey(prunable, skipped)
+    kernels = {id(v): v for v in find_kernels(model, ("embeddings",)).values()}
+    last = _last_kernels(model, kernels)
+    own = {path: owners[id(variable)] for path, variable in prunable.items()}
+    layouts = {path: _layout(own[path], variable, id(variable) in last) for path, variable in prunable.items()}
+    return Survey(prunable, skipped, layouts, own)
+
+
+def sparsity_of_each(survey: Survey, table: Mapping[keras.Layer, float]) -> dict[str, float]:
+    """What a table of layers says about their kernels, by path.
+
+    Args:
+        survey: Of the model.
+        table: Mapping of layer to sparsity; a layer can be a whole sub-model, with all that is inside.
+
+    Raises:
+        ValueError: If a key is no layer of the model, has nothing prunable, or two of them hold the same kernel.
+    """
+    sparsities: dict[str, float] = {}
+    for layer, sparsity in table.items():
+        if not isinstance(layer, keras.Layer):
+            raise ValueError(
+                f"A scope table is keyed by layer objects, got {layer!r}. Use {{model.get_layer(name): sparsity}}."
+            )
+        inside = {id(part) for part in layer._flatten_layers()}
+        paths = [path for path, owner in survey.layers.items() if id(owner) in inside]
+        if not paths:
+            names = ", ".join(dict.fromkeys(owner.name for owner in survey.layers.values()))
+            raise ValueError(
+                f"The scope table names the layer {layer.name!r}, which is not in the model or has nothing prunable "
+                f"there. Layers with prunable kernels: {names}."
+            )
+        for path in paths:
+            if path in sparsities:
+                raise ValueError(f"The scope table names {path!r} twice: by a layer, and by a model that contains it.")
+            sparsities[path] = check_sparsity(sparsity)
+    return sparsities

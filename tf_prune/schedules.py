@@ -7,7 +7,7 @@ the last step gives the target itself, so that the final count is exact.
 import dataclasses
 import numbers
 
-from tf_prune.masks import check_sparsity
+from tf_prune.scopes import check_sparsity
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Peak memory of scoring, divided by that of one training step of the same model on the same batch.
+
+    python -m benchmarks.memory
+
+Each figure is a process of its own: its peak, less what it had when the model was built. The training step is one of
+`fit` with SGD and momentum. The last lines score over a stream of many batches.
+"""
+
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import keras
+import tensorflow as tf
+from absl import app, flags
+
+import tf_prune
+from experiments import models
+
+_CASE = flags.DEFINE_list("case", [], "network, images, batches, what: runs one case in this process.")
+_NETWORKS = flags.DEFINE_list("networks", ["vgg19", "resnet32x2"], "Which networks of experiments.models.")
+
+SCORES: dict[str, Any] = {
+    "SNIP": tf_prune.SNIP(),
+    "GraSP": tf_prune.GraSP(),
+    "FORCE, 4 steps": tf_prune.FORCE(4),
+    "SynFlow, 4 steps": tf_prune.SynFlow(4),
+}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(network: str, images: int, batches: int, what: str) -> int:
+    keras.utils.set_random_seed(0)
+    model = models.build(network, (32, 32, 3), 10)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    batch = tf.zeros((images, 32, 32, 3)), tf.zeros((images,), tf.int32)
+    data = tf.data.Dataset.range(batches).map(
+        lambda i: (tf.random.stateless_normal((images, 32, 32, 3), tf.stack([i, i])), batch[1])
+    )
+    model(batch[0][:1])
+    before = peak()
+    if what == "training step":
+        model.fit(data, verbose=0)
+    else:
+        tf_prune.prune(model, SCORES[what], 0.9, data, verbose=0)
+    return peak() - before
+
+
+def main(argv: list[str]) -> None:
+    if _CASE.value:
+        network, images, batches, *what = _CASE.value
+        print(measure(network, int(images), int(batches), ",".join(what)))
+        return
+
+    def run(network: str, images: int, batches: int, what: str) -> int:
+        case = f"--case={network},{images},{batches},{what}"
+        command = [sys.executable, "-m", "benchmarks.memory", case]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    print("| network | images | batches | what | peak | / a training step |\n|---|---|---|---|---|---|")
+    for network in _NETWORKS.value:
+        base = run(network, 128, 1, "training step")
+        for what in ("training step", *SCORES):
+            value = base if what == "training step" else run(network, 128, 1, what)
+            print(f"| {network} | 128 | 1 | {what} | {value / 2**20:.0f} MiB | {value / base:.2f} |", flush=True)
+    for batches in (2, 50, 391):
+        value = run("resnet8", 128, batches, "SNIP")
+        print(f"| resnet8 | 128 | {batches} | SNIP | {value / 2**20:.0f} MiB | |", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

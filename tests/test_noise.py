@@ -1,0 +1,95 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tf_prune
+from tests import helpers
+
+
+class DrawsNoise(keras.Layer):
+    def __init__(self, draw, **options):
+        super().__init__(**options)
+        self.draw = draw
+
+    def call(self, x):
+        return x + self.draw(tf.shape(x))
+
+
+class Counts(keras.Layer):
+    """Counts its calls in a variable of TensorFlow, which Keras does not know."""
+
+    def build(self, shape):
+        self.calls = tf.Variable(0.0)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return x
+
+
+def around(layer, shape=(6, 6, 1)):
+    model = keras.Sequential([keras.Input(shape), layer, layers.Flatten(), layers.Dense(4, name="head")])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+@pytest.mark.parametrize("criterion", ["snip", "grasp"])
+@pytest.mark.parametrize("draw", [tf.random.normal, tf.random.uniform, tf.random.truncated_normal])
+def test_a_layer_that_draws_noise_without_a_seed_is_an_error(criterion, draw):
+    model = around(DrawsNoise(draw, name="noisy"))
+    with pytest.raises(ValueError, match=r"^A layer draws random numbers that cannot be drawn again.*noisy"):
+        tf_prune.score(model, criterion, helpers.batch())
+
+
+def test_a_layer_inside_of_a_loop_is_looked_at_too():
+    class Cell(layers.SimpleRNNCell):
+        def call(self, inputs, states, training=False):
+            return super().call(inputs + tf.random.normal(tf.shape(inputs)), states, training=training)
+
+    model = around(layers.RNN(Cell(3), name="loop"), shape=(6, 2))
+    with pytest.raises(ValueError, match=r"^A layer draws random numbers that cannot be drawn again"):
+        tf_prune.score(model, "snip", (np.ones((4, 6, 2), np.float32), np.arange(4)))
+
+
+def test_a_layer_that_writes_a_variable_is_an_error_before_it_writes():
+    layer = Counts(name="counter")
+    model = around(layer)
+    before = float(layer.calls)
+    with pytest.raises(ValueError, match=r"^A layer writes a variable while it is called \(AssignAdd.*counter"):
+        tf_prune.score(model, "snip", helpers.batch())
+    assert float(layer.calls) == before
+
+
+def test_a_layer_with_a_seed_of_keras_is_repeatable():
+    model = around(layers.RandomFlip(seed=1))
+    one, other = (tf_prune.score(model, "snip", helpers.batch()) for _ in range(2))
+    for a, b in zip(one.values(), other.values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_stateful_layer_is_an_error_that_names_it():
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(4, 6, 2)), layers.GRU(3, stateful=True, name="memory"), layers.Dense(4)]
+    )
+    model.compile("sgd", "mse")
+    data = np.ones((4, 6, 2), np.float32), np.ones((4, 4), np.float32)
+    with pytest.raises(ValueError, match=r"'memory' is stateful.*stateful = False"):
+        tf_prune.prune(model, "snip", 0.5, data)
+    model.get_layer("memory").stateful = False
+    assert tf_prune.prune(model, "snip", 0.5, data).masks.num_kept == 57 // 2
+
+
+def test_dropout_acts_while_scoring_only_if_it_is_asked_for():
+    with_dropout = around(layers.Dropout(0.9, seed=1))
+    without = around(layers.Dropout(0.0))
+    without.set_weights([w for w in with_dropout.get_weights() if w.dtype == np.float32])
+    off, on, again = (
+        tf_prune.score(with_dropout, "snip", helpers.batch(), dropout=asked).popitem()[1]
+        for asked in (False, True, True)
+    )
+    plain = tf_prune.score(without, "snip", helpers.batch()).popitem()[1]
+    np.testing.assert_allclose(off, plain, rtol=1e-6)
+    np.testing.assert_array_equal(on, again)
+    assert (on != off).mean() > 0.5
+    assert with_dropout.layers[0].rate == 0.9

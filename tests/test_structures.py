@@ -1,0 +1,246 @@
+"""The axes of each kernel are checked by what the layer computes, the groups by plain loops."""
+
+import dataclasses
+import itertools
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tf_prune
+from tests import helpers
+from tf_prune.prunable import find_prunable
+from tf_prune.structures import cut_into_groups
+
+
+def one_layer(layer, shape):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input(shape), layer])
+
+
+# name -> (layer, input shape, how many of the last axes of its input, and of its output, count channels)
+LAYERS = {
+    "dense": (lambda: layers.Dense(6), (4,), 1, 1),
+    "conv1d": (lambda: layers.Conv1D(6, 3), (7, 4), 1, 1),
+    "conv2d": (lambda: layers.Conv2D(6, 3), (7, 7, 4), 1, 1),
+    "conv3d": (lambda: layers.Conv3D(6, 2), (3, 3, 3, 4), 1, 1),
+    "grouped": (lambda: layers.Conv2D(6, 3, groups=2), (7, 7, 4), 1, 1),
+    "transposed1d": (lambda: layers.Conv1DTranspose(6, 3), (7, 4), 1, 1),
+    "transposed": (lambda: layers.Conv2DTranspose(6, 3), (7, 7, 4), 1, 1),
+    "transposed3d": (lambda: layers.Conv3DTranspose(6, 2), (3, 3, 3, 4), 1, 1),
+    "depthwise1d": (lambda: layers.DepthwiseConv1D(3, depth_multiplier=2), (7, 4), 1, 1),
+    "depthwise": (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), (7, 7, 4), 1, 1),
+    "einsum": (lambda: layers.EinsumDense("abc,cd->abd", (5, 6)), (5, 4), 1, 1),
+    "einsum to heads": (lambda: layers.EinsumDense("abc,cde->abde", (5, 2, 3)), (5, 4), 1, 2),
+    "einsum from heads": (lambda: layers.EinsumDense("abcd,cde->abe", (5, 6)), (5, 2, 4), 2, 1),
+    "einsum transposed": (lambda: layers.EinsumDense("abc,dc->abd", (5, 6)), (5, 4), 1, 1),
+}
+EVERY_LAYER = pytest.mark.parametrize(("make", "shape", "in_axes", "out_axes"), LAYERS.values(), ids=LAYERS.keys())
+
+
+def kernel_and_group(model, structure):
+    layouts = {p: dataclasses.replace(layout, is_last=False) for p, layout in find_prunable(model).layouts.items()}
+    ((path, group),) = cut_into_groups(structure, layouts)[0].items()
+    return find_prunable(model).prunable[path], group
+
+
+def channels_that_differ(one, other, axes):
+    return set(np.ndindex(*one.shape[-axes:])) - {
+        i for i in np.ndindex(*one.shape[-axes:]) if np.array_equal(one[(..., *i)], other[(..., *i)])
+    }
+
+
+@EVERY_LAYER
+def test_an_output_channel_is_all_that_makes_one_output(make, shape, in_axes, out_axes):
+    model = one_layer(make(), shape)
+    kernel, group = kernel_and_group(model, "output_channels")
+    x = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
+    weights, whole = np.asarray(kernel).copy(), np.asarray(model(x))
+    silenced = []
+    for index in np.ndindex(group.group_shape):
+        kept = np.ones(group.group_shape, bool)
+        kept[index] = False
+        kernel.assign(np.where(group.spread(kept), weights, 0))
+        (channel,) = channels_that_differ(whole, np.asarray(model(x)), out_axes)
+        assert not np.asarray(model(x))[(..., *channel)].any()
+        silenced.append(channel)
+    assert sorted(silenced) == sorted(np.ndindex(*whole.shape[-out_axes:]))
+
+
+@EVERY_LAYER
+def test_an_input_channel_is_all_that_reads_one_input(make, shape, in_axes, out_axes):
+    model = one_layer(make(), shape)
+    kernel, group = kernel_and_group(model, "input_channels")
+    x = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
+    weights = np.asarray(kernel).copy()
+    read = []
+    for index in np.ndindex(group.group_shape):
+        only = np.zeros(group.group_shape, bool)
+        only[index] = True
+        kernel.assign(np.where(group.spread(only), weights, 0))
+        before, seen = np.asarray(model(x)), []
+        for channel in np.ndindex(*shape[-in_axes:]):
+            moved = x.copy()
+            moved[(..., *channel)] += 1.0
+            if (np.asarray(model(moved)) != before).any():
+                seen.append(channel)
+        read += seen
+        assert len(seen) == 1
+    assert sorted(read) == sorted(np.ndindex(*shape[-in_axes:]))
+
+
+@pytest.mark.parametrize(("make", "gates"), [(layers.GRU, 3), (layers.LSTM, 4), (layers.SimpleRNN, 1)])
+def test_an_output_channel_of_a_recurrent_kernel_has_all_gates_of_a_unit(make, gates):
+    model = keras.Sequential([keras.Input((4, 3)), make(5), layers.Dense(2)])
+    groups, _ = cut_into_groups("output_channels", find_prunable(model).layouts)
+    assert len(groups) == 2
+    for group in groups.values():
+        mask = group.spread(np.arange(5) != 2)
+        removed = [column for column in range(5 * gates) if not mask[:, column].any()]
+        assert removed == [2 + 5 * gate for gate in range(gates)]
+
+
+@pytest.mark.parametrize(
+    ("structure", "block"), [(tf_prune.Blocks(inputs=4), (4, 1)), (tf_prune.Blocks(2, 3), (2, 3))], ids=str
+)
+def test_blocks_are_consecutive_weights_of_a_dense_kernel(structure, block):
+    model = one_layer(layers.Dense(6), (8,))
+    _, group = kernel_and_group(model, structure)
+    values = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    for i, j in itertools.product(range(8 // block[0]), range(6 // block[1])):
+        part = values[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+        assert group.sum(values)[i, j] == pytest.approx(part.sum(dtype=np.float64))
+        assert group.norm(values, 1)[i, j] == pytest.approx(np.abs(part).sum(dtype=np.float64))
+        assert group.norm(values, 2)[i, j] == pytest.approx(np.linalg.norm(part.ravel()))
+        assert group.norm(values, math.inf)[i, j] == np.abs(part).max()
+        assert group.norm(values, -math.inf)[i, j] == np.abs(part).min()
+        kept = np.zeros(group.group_shape, bool)
+        kept[i, j] = True
+        mask = group.spread(kept)
+        assert mask.sum() == part.size
+        assert mask[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]].all()
+        np.testing.assert_array_equal(group.any(mask), kept)
+
+
+def test_blocks_of_a_convolution_are_consecutive_channels_at_one_place_of_the_window():
+    model = one_layer(layers.Conv2D(8, 1), (5, 5, 4))
+    _, group = kernel_and_group(model, "4_outputs")
+    values = np.arange(32.0).reshape(1, 1, 4, 8)
+    np.testing.assert_array_equal(group.sum(values), values.reshape(1, 1, 4, 2, 4).sum(-1))
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (3, 3, 4, 2)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.9])
+def test_of_every_four_weights_along_the_input_no_more_than_two_are_kept(shape, sparsity):
+    if len(shape) == 2:
+        model = one_layer(layers.Dense(shape[1]), shape[:1])
+    else:
+        model = one_layer(layers.Conv2D(shape[3], 3), (5, 5, shape[2]))
+    weights = np.asarray(find_prunable(model).prunable.popitem()[1]).copy()
+    report = tf_prune.prune(model, "magnitude", sparsity, structure="2:4", verbose=0)
+    ((_, mask),) = report.masks.items()
+    assert mask.sum() == mask.size - math.ceil(sparsity * mask.size - 1e-9)
+    columns = np.moveaxis(mask, -2, 0)
+    best = np.zeros(mask.shape, bool)
+    for rest in np.ndindex(columns.shape[1:]):
+        for start in range(0, shape[-2], 4):
+            index = [(*rest[:-1], start + i, rest[-1]) for i in range(4)]
+            assert sum(mask[i] for i in index) <= 2
+            for i in sorted(index, key=lambda i: -abs(weights[i]))[:2]:
+                best[i] = True
+    assert not (mask & ~best).any()
+    if sparsity == 0.5:
+        np.testing.assert_array_equal(mask, best)
+
+
+def test_n_of_m_tightens_step_by_step_when_it_is_pruned_in_steps():
+    model = one_layer(layers.Dense(6), (8,))
+    x, y = np.random.default_rng(0).standard_normal((16, 8)), np.arange(16) % 6
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    method = tf_prune.IterativeSNIP(num_steps=5, schedule="linear")
+    one_shot = tf_prune.prune(keras.models.clone_model(model), "magnitude", 0.75, structure=tf_prune.NofM(1, 4)).masks
+    masks = tf_prune.prune(model, method, 0.75, (x, y), structure=tf_prune.NofM(1, 4), verbose=0).masks
+    ((_, mask),) = masks.items()
+    assert (mask.reshape(2, 4, 6).sum(1) == 1).all()
+    assert one_shot.num_kept == mask.sum() == 12
+
+
+def test_hybrid_takes_filters_of_convolutions_and_single_weights_of_the_rest():
+    model = helpers.build("separable")
+    groups, _ = cut_into_groups("hybrid", find_prunable(model).layouts)
+    shapes = {path.split("/")[-2]: group.group_shape for path, group in groups.items()}
+    assert shapes == {"stem": (8,), "depthwise": (8, 1), "grouped": (2, 4), "head": (8, 4)}
+
+
+@pytest.mark.parametrize("name", helpers.MODELS)
+def test_the_models_own_outputs_are_never_removed(name):
+    model = helpers.build(name)
+    last = [path.split("/")[-2] for path, layout in find_prunable(model).layouts.items() if layout.is_last]
+    assert last == ["head"]
+    report = tf_prune.prune(model, "random", 0.5, structure="output_channels", scope="layerwise", verbose=0)
+    assert not any("head/" in path for path in report.masks)
+    assert "its output channels are the model's outputs" in str(report)
+
+
+def test_two_heads_a_softmax_and_a_nested_model_at_the_end_are_found():
+    inputs = keras.Input((8,))
+    body = layers.Dense(8, name="body")(inputs)
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="a"), layers.Dense(4, name="b")], name="inner")
+    first = layers.Activation("softmax")(layers.BatchNormalization()(layers.Dense(4, name="first")(body)))
+    second = layers.Add()([inner(body), layers.Dense(4, name="third")(body)])
+    recurrent = layers.Bidirectional(layers.GRU(3, name="gru"), name="both")(layers.Reshape((4, 2))(body))
+    model = keras.Model(inputs, [first, second, recurrent])
+    last = [path for path, layout in find_prunable(model).layouts.items() if layout.is_last]
+    last = {path.split("/")[-3 if "gru" in path else -2] for path in last}
+    assert last == {"first", "b", "third", "forward_gru", "backward_gru"}
+
+
+def test_a_kernel_that_is_not_divided_is_named_and_nothing_is_changed():
+    model = helpers.build("conv_bn")
+    before = helpers.state(model)
+    with pytest.raises(
+        ValueError, match=r"(?s)conv/kernel \(3, 3, 1, 6\): 1 is not a multiple of 4.*not in \['conv'\]"
+    ):
+        tf_prune.prune(model, "magnitude", 0.5, structure="2:4")
+    helpers.assert_same_state(before, model)
+    report = tf_prune.prune(model, "magnitude", 0.5, structure="2:4", filters=lambda layer: layer.name not in ["conv"])
+    assert report.sparsity == 0.5
+
+
+WRONG = {
+    "an unknown name": ("3:7", "structure must be one of 'weights', '2:4'.*got '3:7'"),
+    "a class": (tf_prune.OutputChannels, "or an object such as"),
+    "nothing left": ("output_channels", r"leaves nothing to prune:\n.*the model's outputs"),
+}
+
+
+@pytest.mark.parametrize(("structure", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_structure_is_an_error(structure, message):
+    with pytest.raises(ValueError, match=message):
+        tf_prune.prune(one_layer(layers.Dense(4), (8,)), "magnitude", 0.5, structure=structure)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tf_prune.NofM(4, 4), "needs 1 <= n < m"),
+        (lambda: tf_prune.NofM(0, 4), "needs 1 <= n < m"),
+        (lambda: tf_prune.Blocks(), "For single weights, leave structure out"),
+        (lambda: tf_prune.Blocks(inputs=0), "at least 1 long"),
+    ],
+)
+def test_a_structure_out_of_range_is_an_error_when_it_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_sparsity_that_n_of_m_cannot_have_says_which_it_can():
+    with pytest.raises(ValueError, match=r"removes at least 0\.5 .* sparsity of 0\.3"):
+        tf_prune.prune(helpers.build("mlp"), "magnitude", 0.3, structure="2:4")
+
+
+def test_structures_are_values():
+    for structure in tf_prune.STRUCTURES.values():
+        assert hash(structure) == hash(type(structure)(**vars(structure)))

@@ -1,0 +1,73 @@
+"""Keeps a model still while it is scored: the same scores each time, and nothing of the model changes."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+# Operations of TensorFlow that cannot be repeated, or that change a variable behind Keras's back.
+_RANDOM = {
+    "RandomUniform",
+    "RandomUniformInt",
+    "RandomStandardNormal",
+    "TruncatedNormal",
+    "Multinomial",
+    "RandomShuffle",
+}
+_WRITING = {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
+
+
+@contextlib.contextmanager
+def noise_off(model: keras.Model) -> Iterator[None]:
+    """Turns dropout and noise off while a function is traced; batch normalization stays as asked."""
+    changed = []
+    try:
+        for layer in model._flatten_layers():
+            for name in ("rate", "stddev", "dropout", "recurrent_dropout"):
+                value = getattr(layer, name, None)
+                if isinstance(value, float) and value > 0 and hasattr(layer, "seed_generator"):
+                    changed.append((layer, name, value))
+                    setattr(layer, name, 0.0)
+        yield
+    finally:
+        for layer, name, value in changed:
+            setattr(layer, name, value)
+
+
+def check_no_state(model: keras.Model) -> None:
+    """Raises if a layer carries a state from one batch to the next.
+
+    Raises:
+        ValueError: That names the layer.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            raise ValueError(
+                f"The layer {layer.name!r} is stateful: what it gives depends on the batches before, so its scores "
+                f"would too. Set model.get_layer({layer.name!r}).stateful = False while scoring."
+            )
+
+
+def why_not_repeatable(graph: Any) -> str | None:
+    """Says so if a traced function draws random numbers without a seed of Keras, or writes a variable.
+
+    Args:
+        graph: The graph, while the function is traced or after. An operation's name has that of its layer.
+    """
+    definition = graph.as_graph_def()
+    nodes = itertools.chain(definition.node, *(function.node_def for function in definition.library.function))
+    for node in nodes:
+        if node.op in _RANDOM:
+            return (
+                f"A layer draws random numbers that cannot be drawn again ({node.op} in {node.name!r}), so scores "
+                "would differ from call to call. Draw them with keras.random and a keras.random.SeedGenerator, or "
+                "switch the layer off while scoring."
+            )
+        if node.op in _WRITING:
+            return (
+                f"A layer writes a variable while it is called ({node.op} in {node.name!r}), and scoring must leave "
+                "the model as it was. Make it a keras.Variable: scoring then sets its changes aside."
+            )
+    return None

@@ -1,0 +1,343 @@
+"""The shapes of what is pruned together: single weights, N:M, blocks, output or input channels. NumPy only.
+
+A structure cuts a kernel into groups. A criterion gives a group one score, ranking keeps or removes it as a whole.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["dense", "convolution", "depthwise", "recurrent", "embedding", "bias"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a kernel are its inputs and which its outputs.
+
+    Attributes:
+        kind: Of the layer that owns the kernel.
+        shape: The kernel's own.
+        view: The shape of the kernel with each axis in one part only: the gates of a recurrent kernel, or the groups of
+            a grouped convolution, have an axis of their own there.
+        inputs: Axes of `view` along which the inputs are counted.
+        outputs: Axes of `view` along which the outputs are counted.
+        is_last: Whether its outputs are the model's.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    is_last: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """One kernel cut into groups of weights.
+
+    Attributes:
+        shape: The kernel's.
+        view: Its shape with an axis of its own for the members of a group.
+        members: The axes of `view` that run inside a group; the others count the groups. Empty for single weights.
+        at_most: `(axis, n)`: no more than n along this axis of `view` may be kept; `None` where there is no such rule.
+    """
+
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    members: tuple[int, ...] = ()
+    at_most: tuple[int, int] | None = None
+
+    @property
+    def group_shape(self) -> tuple[int, ...]:
+        """The shape of an array with one entry for each group."""
+        return tuple(n for i, n in enumerate(self.view) if i not in self.members) if self.members else self.shape
+
+    @property
+    def least_sparsity(self) -> float:
+        """The sparsity below which this structure cannot go."""
+        return 1 - self.at_most[1] / self.view[self.at_most[0]] if self.at_most else 0.0
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """The sum over each group, in float64; single weights stay as they are."""
+        return values.reshape(self.view).sum(self.members, np.float64) if self.members else values
+
+    def norm(self, values: np.ndarray, p: float) -> np.ndarray:
+        """The p-norm of each group: 1, 2, infinity (the largest magnitude) or -infinity (the smallest)."""
+        magnitudes = np.abs(values)
+        if not self.members:
+            return magnitudes
+        magnitudes = magnitudes.reshape(self.view)
+        if math.isinf(p):
+            return magnitudes.max(self.members) if p > 0 else magnitudes.min(self.members)
+        return np.power(np.power(magnitudes, p, dtype=np.float64).sum(self.members), 1 / p)
+
+    def any(self, mask: np.ndarray) -> np.ndarray:
+        """Which groups have a weight that is kept."""
+        return np.asarray(mask.reshape(self.view).any(self.members)) if self.members else mask
+
+    def spread(self, groups: np.ndarray) -> np.ndarray:
+        """The mask of the weights from that of the groups."""
+        if not self.members:
+            return groups
+        return np.broadcast_to(np.expand_dims(groups, self.members), self.view).reshape(self.shape)
+
+    def best_of_each(self, scores: np.ndarray, among: np.ndarray, density: float = 0.0) -> np.ndarray:
+        """Under N:M the n best weights of each m, and more of them as long as the density is higher; else all.
+
+        Args:
+            scores: Of the groups.
+            among: Which may be kept at all.
+            density: The fraction that is going to be kept: on the way to a higher sparsity N:M tightens with it.
+        """
+        if self.at_most is None:
+            return among
+        axis, n = self.at_most
+        n = max(n, math.ceil(density * self.view[axis] - 1e-9))
+        ranked = np.moveaxis(np.where(among, scores, -np.inf).reshape(self.view), axis, -1)
+        best = np.zeros(ranked.shape, bool)
+        np.put_along_axis(best, np.argsort(-ranked, axis=-1, kind="stable")[..., :n], True, axis=-1)
+        return np.moveaxis(best, -1, axis).reshape(self.shape) & among
+
+
+class Structure(abc.ABC):
+    """What is pruned together. Each structure is a frozen dataclass."""
+
+    @abc.abstractmethod
+    def grouping(self, layout: Layout) -> Grouping | str:
+        """Cuts a kernel into groups; a string says why this kernel is left alone.
+
+        Raises:
+            ValueError: If the kernel cannot be cut into such groups.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(Structure):
+    """Single weights: unstructured pruning.
+
+    >>> Weights().grouping(Layout("dense", (4, 3), (4, 3), (0,), (1,))).group_shape
+    (4, 3)
+    """
+
+    def grouping(self, layout: Layout) -> Grouping:
+        """See `Structure.grouping`."""
+        return Grouping(layout.shape, layout.view)
+
+
+def _split(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    """The shape with the axis cut into `(n / size, size)`."""
+    if shape[axis] % size:
+        raise ValueError(f"{shape[axis]} is not a multiple of {size}")
+    return (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+
+
+def _no_matrix(layout: Layout) -> str | None:
+    """Why a kernel has no connections between inputs and outputs that could be cut into blocks."""
+    reasons: dict[Kind, str] = {
+        "depthwise": "a depthwise kernel connects each input to its own outputs: no blocks along inputs or outputs",
+        "embedding": "an embedding table has no input axis",
+        "bias": "a bias has no inputs",
+    }
+    return reasons.get(layout.kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class NofM(Structure):
+    """At most n of every m consecutive weights along the input axis: the pattern that sparse tensor cores run.
+
+    The sparsity is at least 1 - n/m. At exactly that each m keep n; above it, weights are removed from those by the
+    scope's ranking. Step by step the pattern tightens with the schedule, one weight of each m at a time.
+
+    Args:
+        n: How many of each m may be kept, at least 1.
+        m: At least n + 1.
+
+    >>> NofM(2, 4).grouping(Layout("dense", (8, 3), (8, 3), (0,), (1,))).least_sparsity
+    0.5
+
+    Source: Mishra et al. 2021 (2:4).
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"NofM keeps n of m weights and needs 1 <= n < m, got n={self.n}, m={self.m}.")
+
+    def grouping(self, layout: Layout) -> Grouping | str:
+        """See `Structure.grouping`."""
+        axis = layout.inputs[-1] if layout.inputs else 0
+        return _no_matrix(layout) or Grouping(
+            layout.shape, _split(layout.view, axis, self.m), at_most=(axis + 1, self.n)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Structure):
+    """Blocks of consecutive weights along the input and the output axis.
+
+    `Blocks(inputs=4)` in dense layers (16 for int8) and `Blocks(outputs=2)` or `4` in 1x1 convolutions are what the
+    kernels of TF-Lite run.
+
+    Args:
+        inputs: Length along the input axis, at least 1.
+        outputs: Length along the output axis, at least 1.
+
+    >>> Blocks(inputs=4).grouping(Layout("dense", (8, 3), (8, 3), (0,), (1,))).group_shape
+    (2, 3)
+    """
+
+    inputs: int = 1
+    outputs: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.inputs, self.outputs) < 1 or self.inputs * self.outputs == 1:
+            raise ValueError(
+                f"A block is at least 1 long each way and more than one weight, got inputs={self.inputs}, "
+                f"outputs={self.outputs}. For single weights, leave structure out."
+            )
+
+    def grouping(self, layout: Layout) -> Grouping | str:
+        """See `Structure.grouping`."""
+        reason = _no_matrix(layout)
+        if reason:
+            return reason
+        view, members = layout.view, list[int]()
+        # The later axis first, so that the earlier one still has its number.
+        for axis, size in sorted([(layout.inputs[-1], self.inputs), (layout.outputs[-1], self.outputs)], reverse=True):
+            view = _split(view, axis, size)
+            members = [axis + 1, *(member + 1 for member in members)]
+        return Grouping(layout.shape, view, tuple(members))
+
+
+def _channels(layout: Layout, axes: tuple[int, ...], what: str) -> Grouping | str:
+    if layout.kind == "bias":
+        return "a bias is no channel"
+    grouping = Grouping(layout.shape, layout.view, tuple(i for i in range(len(layout.view)) if i not in axes))
+    if math.prod(grouping.group_shape) == 1:
+        return f"it has a single {what} channel"
+    return grouping
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputChannels(Structure):
+    """Whole filters: all weights into one output, with all gates of a recurrent unit.
+
+    The kernels whose outputs are the model's outputs are left alone.
+
+    >>> OutputChannels().grouping(Layout("convolution", (3, 3, 8, 16), (3, 3, 8, 16), (2,), (3,))).group_shape
+    (16,)
+
+    Source: Li et al. 2017; Lubana and Dick 2021 rank the filters of all layers together.
+    """
+
+    def grouping(self, layout: Layout) -> Grouping | str:
+        """See `Structure.grouping`."""
+        if layout.is_last:
+            return "its output channels are the model's outputs"
+        return _channels(layout, layout.outputs, "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class InputChannels(Structure):
+    """All weights out of one input: input features are selected.
+
+    >>> InputChannels().grouping(Layout("dense", (8, 3), (8, 3), (0,), (1,))).group_shape
+    (8,)
+
+    Source: Paganini and Forde 2020, structured pruning along the input axis.
+    """
+
+    def grouping(self, layout: Layout) -> Grouping | str:
+        """See `Structure.grouping`."""
+        return _channels(layout, layout.inputs, "input")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid(Structure):
+    """One structure in convolutions, depthwise ones too, and another one everywhere else.
+
+    Groups of different sizes are ranked against each other in the global scope; the paper ranks within each layer.
+
+    Args:
+        convolutions: Of convolution kernels.
+        others: Of all other kernels.
+
+    >>> Hybrid().grouping(Layout("dense", (8, 3), (8, 3), (0,), (1,))).members
+    ()
+
+    Source: Paganini and Forde 2020; their channels are `InputChannels()`.
+    """
+
+    convolutions: Structure = OutputChannels()
+    others: Structure = Weights()
+
+    def grouping(self, layout: Layout) -> Grouping | str:
+        """See `Structure.grouping`."""
+        is_convolution = layout.kind in ("convolution", "depthwise")
+        return (self.convolutions if is_convolution else self.others).grouping(layout)
+
+
+STRUCTURES: dict[str, Structure] = {
+    "weights": Weights(),
+    "2:4": NofM(2, 4),
+    "1x4": Blocks(inputs=4),
+    "1x16": Blocks(inputs=16),
+    "2_outputs": Blocks(outputs=2),
+    "4_outputs": Blocks(outputs=4),
+    "output_channels": OutputChannels(),
+    "input_channels": InputChannels(),
+    "hybrid": Hybrid(),
+}
+
+
+def cut_into_groups(
+    structure: str | Structure | None, layouts: Mapping[str, Layout]
+) -> tuple[dict[str, Grouping], dict[str, str]]:
+    """Cuts every kernel; the second mapping says why a kernel is left alone.
+
+    Args:
+        structure: A structure or its name; `None` is single weights.
+        layouts: Of the kernels.
+
+    Raises:
+        ValueError: If there is no such structure, or it does not divide a kernel; all such kernels are named.
+    """
+    if isinstance(structure, str) and structure in STRUCTURES:
+        structure = STRUCTURES[structure]
+    structure = Weights() if structure is None else structure
+    if not isinstance(structure, Structure):
+        raise ValueError(
+            f"structure must be one of {', '.join(map(repr, STRUCTURES))}, or an object such as "
+            f"tf_prune.NofM(2, 4); got {structure!r}."
+        )
+    groups: dict[str, Grouping] = {}
+    left: dict[str, str] = {}
+    misfits: dict[str, str] = {}
+    for path, layout in layouts.items():
+        try:
+            cut = structure.grouping(layout)
+        except ValueError as error:
+            misfits[path] = f"{layout.shape}: {error}"
+            continue
+        if isinstance(cut, str):
+            left[path] = cut
+        else:
+            groups[path] = cut
+    if misfits:
+        kernels = "\n".join(f"  {path} {reason}" for path, reason in misfits.items())
+        names = sorted({path.rsplit("/", 1)[0].rsplit("/", 1)[-1] for path in misfits})
+        raise ValueError(
+            f"{structure} does not divide these kernels, and nothing was pruned:\n{kernels}\nLeave them dense, with "
+            f"filters=lambda layer: layer.name not in {names!r}, or choose a structure that divides them."
+        )
+    if not groups:
+        reasons = "\n".join(f"  {path}: {reason}" for path, reason in left.items())
+        raise ValueError(f"{structure} leaves nothing to prune:\n{reasons}")
+    return groups, left
