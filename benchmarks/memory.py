@@ -24,9 +24,14 @@ _NETWORKS = flags.DEFINE_list("networks", ["vgg19", "resnet32x2"], "Which networ
 SCORES: dict[str, Any] = {
     "SNIP": tf_prune.SNIP(),
     "GraSP": tf_prune.GraSP(),
-    "FORCE, 4 steps": tf_prune.FORCE(4),
-    "SynFlow, 4 steps": tf_prune.SynFlow(4),
+    "FORCE": tf_prune.FORCE(4),
+    "SynFlow": tf_prune.SynFlow(4),
 }
+
+
+def used() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def peak() -> int:
@@ -42,7 +47,7 @@ def measure(network: str, images: int, batches: int, what: str) -> int:
         lambda i: (tf.random.stateless_normal((images, 32, 32, 3), tf.stack([i, i])), batch[1])
     )
     model(batch[0][:1])
-    before = peak()
+    before = used()
     if what == "training step":
         model.fit(data, verbose=0)
     else:
@@ -52,8 +57,8 @@ def measure(network: str, images: int, batches: int, what: str) -> int:
 
 def main(argv: list[str]) -> None:
     if _CASE.value:
-        network, images, batches, *what = _CASE.value
-        print(measure(network, int(images), int(batches), ",".join(what)))
+        network, images, batches, what = _CASE.value
+        print(measure(network, int(images), int(batches), what))
         return
 
     def run(network: str, images: int, batches: int, what: str) -> int:

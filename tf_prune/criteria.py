@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -24,12 +24,6 @@ class Criterion(abc.ABC):
         Where single weights are pruned, each is a group and `groups[path].sum` changes nothing. A criterion without
         data does not read `batches`.
         """
-
-
-def _times_weights(derivatives: Derivatives, values: Arrays) -> Iterator[tuple[str, np.ndarray]]:
-    """Each kernel's `w * value`; the values are let go one by one."""
-    for path, weight in derivatives.weights().items():
-        yield path, weight * values.pop(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +49,8 @@ class SNIP(Criterion):
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
         """See `Criterion.scores`."""
-        gradients = derivatives.gradient(batches, masks, training=self.training)
-        return {
-            path: groups[path].sum(np.abs(product, out=product))
-            for path, product in _times_weights(derivatives, gradients)
-        }
+        products = derivatives.gradient(batches, masks, training=self.training, times_weights=True)
+        return {path: groups[path].sum(np.abs(product)) for path, product in products.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +83,10 @@ class LossPreservation(Criterion):
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
         """See `Criterion.scores`."""
-        gradients = derivatives.gradient(batches, masks, training=self.training)
+        products = derivatives.gradient(batches, masks, training=self.training, times_weights=True)
         if self.magnitude_power == 0:
-            return {path: np.abs(groups[path].sum(p)) for path, p in _times_weights(derivatives, gradients)}
-        weights = derivatives.weights()
-        return {path: groups[path].sum(np.abs(weights[path] * p)) for path, p in _times_weights(derivatives, gradients)}
+            return {path: np.abs(groups[path].sum(product)) for path, product in products.items()}
+        return {path: groups[path].sum(np.abs(w * products[path])) for path, w in derivatives.weights().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +109,7 @@ class SquaredGradient(Criterion):
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
         """See `Criterion.scores`."""
         gradients = derivatives.gradient(batches, masks, training=self.training)
-        return {path: groups[path].sum(np.square(gradients.pop(path))) for path in list(gradients)}
+        return {path: groups[path].sum(np.square(gradient)) for path, gradient in gradients.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +147,10 @@ class GraSP(Criterion):
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
         """See `Criterion.scores`."""
         batches = batches.halves() if self.quirk_half_batches else batches
-        products = derivatives.hessian_gradient(batches, masks, temperature=self.temperature, training=self.training)
-        return {path: groups[path].sum(product) for path, product in _times_weights(derivatives, products)}
+        products = derivatives.hessian_gradient(
+            batches, masks, temperature=self.temperature, training=self.training, times_weights=True
+        )
+        return {path: groups[path].sum(product) for path, product in products.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +174,8 @@ class GradientNormPreservation(Criterion):
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
         """See `Criterion.scores`."""
-        products = derivatives.hessian_gradient(batches, masks, training=self.training)
-        return {path: np.abs(groups[path].sum(p)) for path, p in _times_weights(derivatives, products)}
+        products = derivatives.hessian_gradient(batches, masks, training=self.training, times_weights=True)
+        return {path: np.abs(groups[path].sum(product)) for path, product in products.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +215,7 @@ class OptimalBrainDamage(Criterion):
         diagonal = derivatives.hessian_diagonal(
             batches, masks, num_probes=self.num_probes, seed=self.seed, training=self.training
         )
-        weights = derivatives.weights()
-        return {path: groups[path].sum(0.5 * p * weights[path]) for path, p in _times_weights(derivatives, diagonal)}
+        return {path: groups[path].sum(0.5 * diagonal[path] * w**2) for path, w in derivatives.weights().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +235,7 @@ class SynapticFlow(Criterion):
         """See `Criterion.scores`. Of `batches` only the shape of one input is used."""
         example = next(iter(batches.take(1)))[0] if batches.given else None
         gradients = derivatives.synaptic_flow(masks, example)
-        return {path: groups[path].sum(np.abs(p, out=p)) for path, p in _times_weights(derivatives, gradients)}
+        return {path: groups[path].sum(np.abs(w * gradients[path])) for path, w in derivatives.weights().items()}
 
 
 @dataclasses.dataclass(frozen=True)

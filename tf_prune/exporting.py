@@ -140,8 +140,11 @@ def export(
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory must be a folder to write into, but {directory} is a file.")
     check_model(model)
-    kernels = find_kernels(model)
-    for path, mask in masks_of(model).items():
+    masks = masks_of(model)
+    # Tables of embeddings, and biases, count where they were pruned.
+    plain = find_kernels(model, ())
+    kernels = {path: v for path, v in find_kernels(model).items() if path in masks or path in plain}
+    for path, mask in masks.items():
         if np.asarray(kernels[path])[~mask].any():
             raise ValueError(
                 f"Pruned weights of {path!r} are not zero; they were set from outside after pruning. Call "

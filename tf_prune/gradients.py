@@ -71,7 +71,14 @@ class Derivatives:
         """The weights as they are, in float32, read-only: not a copy where the variable is of that type."""
         return self._named([tf.cast(tf.convert_to_tensor(v.value), tf.float32) for v in self.variables.values()])
 
-    def gradient(self, batches: Batches, masks: MaskMapping | None = None, *, training: bool = True) -> Arrays:
+    def gradient(
+        self,
+        batches: Batches,
+        masks: MaskMapping | None = None,
+        *,
+        training: bool = True,
+        times_weights: bool = False,
+    ) -> Arrays:
         """Gradient of the mean loss at the masked weights, by every weight: `dL(w) / dw` at `w = mask * weight`.
 
         It is dense: where a mask is `False` it tells what the loss would do if the weight came back. Signed
@@ -81,8 +88,9 @@ class Derivatives:
             batches: The examples, read once.
             masks: Masks of all variables; `None` keeps all.
             training: Whether batch normalization uses the batch's statistics; the moving ones never change.
+            times_weights: Multiplies each derivative by its weight, the unmasked one.
         """
-        return self._mean(self._gradient_function(1.0, training), batches, masks)
+        return self._mean(self._gradient_function(1.0, training, times_weights), batches, masks)
 
     def hessian_gradient(
         self,
@@ -91,6 +99,7 @@ class Derivatives:
         *,
         temperature: float = 1.0,
         training: bool = True,
+        times_weights: bool = False,
     ) -> Arrays:
         """Product Hg of the Hessian of the mean loss with its gradient g, both over the prunable weights.
 
@@ -102,11 +111,12 @@ class Derivatives:
             masks: Masks of all variables; `None` keeps all.
             temperature: Divides the logits; other than 1 it needs a cross-entropy.
             training: As in `gradient`.
+            times_weights: As in `gradient`.
 
         Raises:
             ValueError: If a temperature is asked of another loss, or several batches come from a generator.
         """
-        product = self._hessian_product_function(temperature, training)
+        product = self._hessian_product_function(temperature, training, times_weights)
         start = list(itertools.islice(batches, 2))
         if len(start) == 1:
             return self._mean(product, start, masks, None)
@@ -200,7 +210,9 @@ class Derivatives:
             self._functions[key] = tf.function(traced, reduce_retracing=True, jit_compile=self._jit)
         return self._functions[key]
 
-    def _gradient_function(self, temperature: float, training: bool) -> Callable[..., Tensors]:
+    def _gradient_function(
+        self, temperature: float, training: bool, times_weights: bool = False
+    ) -> Callable[..., Tensors]:
         self._check_loss(temperature)
 
         def gradient(batch: Batch, masks: Tensors | None) -> Tensors:
@@ -210,11 +222,14 @@ class Derivatives:
                 loss = self._loss_value(weights, batch, temperature, training)
             gradients = tape.gradient(loss, weights)
             self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
-            return [g / (self._scale * temperature) for g in _dense(gradients, weights)]
+            gradients = [g / (self._scale * temperature) for g in _dense(gradients, weights)]
+            return self._times_weights(gradients) if times_weights else gradients
 
-        return self._function(("gradient", temperature, training), gradient)
+        return self._function(("gradient", temperature, training, times_weights), gradient)
 
-    def _hessian_product_function(self, temperature: float, training: bool) -> Callable[..., Tensors]:
+    def _hessian_product_function(
+        self, temperature: float, training: bool, times_weights: bool = False
+    ) -> Callable[..., Tensors]:
         """Hessian times a vector, or times the gradient of the batch itself where the vector is `None`."""
         self._check_loss(temperature)
 
@@ -231,9 +246,10 @@ class Derivatives:
             scale = self._scale * temperature
             vector = gradients if vector is None else [v * scale for v in vector]
             # The vector enters as the gradient of what comes after: no products, no sum.
-            return [h / scale**2 for h in _dense(outer.gradient(gradients, weights, vector), weights)]
+            products = [h / scale**2 for h in _dense(outer.gradient(gradients, weights, vector), weights)]
+            return self._times_weights(products) if times_weights else products
 
-        return self._function(("hessian_product", temperature, training), hessian_product)
+        return self._function(("hessian_product", temperature, training, times_weights), hessian_product)
 
     def _flow_gradient(self, ones: Any, masks: Tensors | None, scale: tf.Tensor) -> Tensors:
         weights = [tf.abs(weight) for weight in self._masked_weights(masks)]
@@ -252,6 +268,11 @@ class Derivatives:
                 logits = [tf.cast(getattr(output, "_keras_logits", output), tf.float32) for output in outputs]
                 flow = tf.add_n([tf.reduce_sum(output * scale) for output in logits])
         return _dense(tape.gradient(flow, weights), weights)
+
+    def _times_weights(self, values: Tensors) -> Tensors:
+        """In the compiled function: on all cores, and in the memory of the values."""
+        weights = (tf.convert_to_tensor(variable.value) for variable in self.variables.values())
+        return [value * tf.cast(weight, tf.float32) for value, weight in zip(values, weights, strict=True)]
 
     def _masked_weights(self, masks: Tensors | None) -> Tensors:
         weights = [tf.convert_to_tensor(variable.value) for variable in self.variables.values()]

@@ -310,7 +310,7 @@ def score(
     derivatives = Derivatives(model, survey.prunable, loss, dropout)
     scores = method.criterion.scores(derivatives, Batches(data), _existing_masks(model, derivatives), groups)
     check_finite(scores)
-    return scores
+    return {path: value if value.flags.writeable else value.copy() for path, value in scores.items()}
 
 
 def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, example: Any) -> bool:
