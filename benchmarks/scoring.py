@@ -23,7 +23,7 @@ import tf_prune
 from experiments import common, models
 from tf_prune.batches import Batches
 from tf_prune.gradients import Derivatives
-from tf_prune.pruning import Iterative
+from tf_prune.methods import Iterative
 from tf_prune.structures import cut_into_groups
 
 _NETWORKS = flags.DEFINE_list("networks", ["vgg19", "resnet32x2", "resnet50"], "Which networks of experiments.models.")

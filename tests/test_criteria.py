@@ -50,6 +50,7 @@ def test_scores_are_finite_have_the_kernels_form_and_leave_the_model(method, nam
     for path, values in scores.items():
         assert values.shape == tuple(prunable[path].shape)
         assert values.dtype == np.float32
+        assert values.flags.writeable
         assert np.isfinite(values).all()
     helpers.assert_same_state(before, model)
 

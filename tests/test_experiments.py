@@ -100,6 +100,24 @@ def test_the_same_seed_trains_the_same_network():
     assert accuracies[0] == accuracies[1]
 
 
+def test_structures_filters_and_losses_without_labels_are_flags():
+    data = datasets.load("digits")
+    config = common.Config(
+        method="snip",
+        sparsity=0.5,
+        epochs=0,
+        scope="layerwise",
+        structure="output_channels",
+        filters="^conv2d",
+        score_loss="uniform",
+    )
+    model, results = common.train(config, data)
+    kernels = [layer.kernel for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    silenced = [int((~np.asarray(kernel).any((0, 1, 2))).sum()) for kernel in kernels]
+    assert sum(silenced) == (16 + 32 + 64 + 64) // 2
+    assert results["emptied"] == []
+
+
 def test_digits_are_split_the_same_way_each_time_and_normalized():
     one, other = datasets.load("digits"), datasets.load("digits")
     np.testing.assert_array_equal(one.x_test, other.x_test)

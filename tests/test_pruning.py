@@ -6,20 +6,20 @@ import pytest
 
 import tf_prune
 from tests import helpers
-from tf_prune import pruning
+from tf_prune import methods
 from tf_prune.batches import Batches
 from tf_prune.gradients import Derivatives
 
 
 def masks_at_each_step(monkeypatch, model, method, sparsity, data):
     steps = []
-    original = pruning.masks_from_scores
+    original = methods.masks_from_scores
 
     def recorded(*args, **kwargs):
         steps.append(original(*args, **kwargs))
         return steps[-1]
 
-    monkeypatch.setattr(pruning, "masks_from_scores", recorded)
+    monkeypatch.setattr(methods, "masks_from_scores", recorded)
     tf_prune.prune(model, method, sparsity, data, verbose=0)
     return steps
 

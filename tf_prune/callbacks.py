@@ -9,8 +9,9 @@ import keras
 
 from tf_prune.batches import Batches
 from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
+from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
 from tf_prune.prunable import Filters
-from tf_prune.pruning import FORCE, IterativeSNIP, Method, PruningReport, Scope, SynFlow, prune
+from tf_prune.pruning import PruningReport, Scope, prune
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
 

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_prune.batches import Batch, Batches, inputs_like
-from tf_prune.losses import is_cross_entropy, needs_labels, on_logits, resolve_loss
+from tf_prune.losses import ModelLoss
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 
 Arrays = dict[str, np.ndarray]
@@ -58,8 +58,7 @@ class Derivatives:
         self._jit = True if model.compiled and model.jit_compile is True else None
         self._model = model
         self.variables = dict(variables)
-        self._loss = loss
-        self._loss_is_resolved = False
+        self._loss = ModelLoss(model, loss)
         self._functions: dict[Any, Callable[..., Tensors]] = {}
         self._disconnected: list[str] = []
         self._problem: str | None = None
@@ -213,7 +212,7 @@ class Derivatives:
     def _gradient_function(
         self, temperature: float, training: bool, times_weights: bool = False
     ) -> Callable[..., Tensors]:
-        self._check_loss(temperature)
+        self._loss.check(temperature)
 
         def gradient(batch: Batch, masks: Tensors | None) -> Tensors:
             weights = self._masked_weights(masks)
@@ -231,7 +230,7 @@ class Derivatives:
         self, temperature: float, training: bool, times_weights: bool = False
     ) -> Callable[..., Tensors]:
         """Hessian times a vector, or times the gradient of the batch itself where the vector is `None`."""
-        self._check_loss(temperature)
+        self._loss.check(temperature)
 
         def hessian_product(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
             weights = self._masked_weights(masks)
@@ -282,46 +281,10 @@ class Derivatives:
 
     def _loss_value(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
         """The loss times the temperature, which keeps its gradient in range, and times the scale of float16."""
-        return self._plain_loss(weights, batch, temperature, training) * (self._scale * temperature)
-
-    def _plain_loss(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
-        x, y, sample_weight = batch
         with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
-            outputs = self._model(x, training=training)
-            if len(keras.tree.flatten(outputs)) == 1:
-                (outputs,) = keras.tree.flatten(outputs)
-                y = keras.tree.flatten(y)[0] if len(keras.tree.flatten(y)) == 1 else y
-            if is_cross_entropy(self._loss):
-                loss, logits = on_logits(self._loss, outputs, temperature)
-                return loss(y if needs_labels(loss) else logits, logits, sample_weight)
-            if self._loss is not None:
-                return self._loss(y, outputs, sample_weight)
-            value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
-            is_keras = type(self._model).compute_loss is keras.Model.compute_loss
-            return value - sum(self._model.losses) if is_keras else value
+            return self._loss.value(*batch, temperature, training) * (self._scale * temperature)
 
     # -- what is checked, and what is averaged ---------------------------------------------------
-
-    def _check_loss(self, temperature: float) -> None:
-        if not self._loss_is_resolved:
-            loss, outputs = self._loss, getattr(self._model, "outputs", None) or []
-            if loss is not None and len(outputs) > 1:
-                raise ValueError(
-                    f"loss={loss!r} cannot be taken for a model with {len(outputs)} outputs. Compile the model with "
-                    "its losses and leave loss out."
-                )
-            self._loss, self._loss_is_resolved = resolve_loss(self._model, loss), True
-        if temperature != 1.0 and not is_cross_entropy(self._loss):
-            raise ValueError(
-                f"A temperature of {temperature:g} divides the logits of one cross-entropy, but the loss is "
-                f"{self._loss_name()}. Use temperature=1.0, or compile with a keras.losses cross-entropy."
-            )
-
-    def _loss_name(self) -> str:
-        if self._loss is not None:
-            return repr(self._loss.name)
-        own = type(self._model).compute_loss is not keras.Model.compute_loss
-        return "the model's own compute_loss" if own else repr(self._model.loss)
 
     def _mask_tensors(self, masks: MaskMapping | None) -> Tensors | None:
         return None if masks is None else [tf.constant(masks[path]) for path in self.variables]
@@ -365,7 +328,7 @@ class Derivatives:
             lines = [line.strip() for line in str(error).splitlines() if line.strip() and "{{node" not in line]
             raise ValueError(
                 f"The loss cannot be computed on this batch: x is {_describe(x)}, y is {_describe(y)}, the loss is "
-                f"{self._loss_name()}. Check that x fits the model and y the loss: a sparse "
+                f"{self._loss.name}. Check that x fits the model and y the loss: a sparse "
                 "categorical cross-entropy takes integers below the number of outputs, a categorical one takes one-hot "
                 f"rows. The cause: {lines[-1] if lines else type(error).__name__}"
             ) from error

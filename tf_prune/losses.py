@@ -85,15 +85,10 @@ LOSSES: dict[str, type[_OnLogits]] = {
 }
 
 
-def needs_labels(loss: Any) -> bool:
-    """Whether the loss looks at the labels at all."""
-    return not isinstance(loss, (_Uniform, _Prediction, _RawPrediction))
-
-
-def resolve_loss(model: keras.Model, loss: Any) -> keras.losses.Loss | None:
+def _resolve(model: keras.Model, loss: Any) -> keras.losses.Loss | None:
     """The loss as an object, or `None` for the model's own `compute_loss`: several losses, or one of the user's."""
     if isinstance(loss, str) and loss in LOSSES:
-        compiled = resolve_loss(model, None) if model.compiled and model.loss is not None else None
+        compiled = _resolve(model, None) if model.compiled and model.loss is not None else None
         from_logits = compiled.get_config().get("from_logits") if compiled is not None else None
         return LOSSES[loss](from_logits, name=loss)
     is_compiled = loss is None
@@ -125,21 +120,9 @@ def resolve_loss(model: keras.Model, loss: Any) -> keras.losses.Loss | None:
     return None if is_compiled else _Wrapped(loss)
 
 
-def is_cross_entropy(loss: Any) -> bool:
-    """Whether the loss is a cross-entropy, which can be taken on logits."""
+def _is_cross_entropy(loss: Any) -> bool:
+    """Whether the loss is one that can be taken on logits."""
     return isinstance(loss, keras.losses.Loss) and "from_logits" in loss.get_config()
-
-
-def on_logits(loss: keras.losses.Loss, outputs: Any, temperature: float) -> tuple[keras.losses.Loss, Any]:
-    """The same cross-entropy taking logits, and the logits: what went into the final softmax or sigmoid.
-
-    Args:
-        loss: A cross-entropy.
-        outputs: Of the model.
-        temperature: Divides the logits.
-    """
-    config = {**loss.get_config(), "from_logits": True, "dtype": loss.dtype}
-    return type(loss).from_config(config), _logits(loss, outputs) / temperature
 
 
 def _logits(loss: keras.losses.Loss, outputs: Any) -> Any:
@@ -153,3 +136,64 @@ def _logits(loss: keras.losses.Loss, outputs: Any) -> Any:
     if "Binary" in type(loss).__name__ or (isinstance(loss, _OnLogits) and outputs.shape[-1] == 1):
         return ops.log(probabilities) - ops.log(ops.maximum(1.0 - probabilities, _SMALLEST))
     return ops.log(probabilities)
+
+
+class ModelLoss:
+    """The mean loss of a model on a batch: on logits, whatever the model ends in, where it is a cross-entropy.
+
+    Args:
+        model: A built `keras.Model`.
+        loss: A Keras loss, its name, one of `LOSSES`, or a callable `(y, outputs)`; `None` takes the compiled one.
+    """
+
+    def __init__(self, model: keras.Model, loss: Any = None):
+        self._model = model
+        self._given = loss
+        self._loss: keras.losses.Loss | None = None
+        self._is_resolved = False
+
+    def check(self, temperature: float) -> None:
+        """Finds the loss, and raises if there is none or it cannot have this temperature.
+
+        Raises:
+            ValueError: That says how to mend it.
+        """
+        if not self._is_resolved:
+            outputs = getattr(self._model, "outputs", None) or []
+            if self._given is not None and len(outputs) > 1:
+                raise ValueError(
+                    f"loss={self._given!r} cannot be taken for a model with {len(outputs)} outputs. Compile the model "
+                    "with its losses and leave loss out."
+                )
+            self._loss, self._is_resolved = _resolve(self._model, self._given), True
+        if temperature != 1.0 and not _is_cross_entropy(self._loss):
+            raise ValueError(
+                f"A temperature of {temperature:g} divides the logits of one cross-entropy, but the loss is "
+                f"{self.name}. Use temperature=1.0, or compile with a keras.losses cross-entropy."
+            )
+
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        if self._loss is not None:
+            return repr(self._loss.name)
+        own = type(self._model).compute_loss is not keras.Model.compute_loss
+        return "the model's own compute_loss" if own else repr(self._model.loss)
+
+    def value(self, x: Any, y: Any, sample_weight: Any, temperature: float, training: bool) -> Any:
+        """The loss function's value alone, without regularizers; logits are divided by the temperature."""
+        outputs = self._model(x, training=training)
+        if len(keras.tree.flatten(outputs)) == 1:
+            (outputs,) = keras.tree.flatten(outputs)
+            y = keras.tree.flatten(y)[0] if len(keras.tree.flatten(y)) == 1 else y
+        if _is_cross_entropy(self._loss):
+            assert self._loss is not None  # noqa: S101 - for the type checker
+            config = {**self._loss.get_config(), "from_logits": True, "dtype": self._loss.dtype}
+            logits = _logits(self._loss, outputs) / temperature
+            no_labels = isinstance(self._loss, (_Uniform, _Prediction, _RawPrediction))
+            return type(self._loss).from_config(config)(logits if no_labels else y, logits, sample_weight)
+        if self._loss is not None:
+            return self._loss(y, outputs, sample_weight)
+        value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
+        is_keras = type(self._model).compute_loss is keras.Model.compute_loss
+        return value - sum(self._model.losses) if is_keras else value

@@ -1,9 +1,9 @@
-"""`prune()`: the one loop score -> schedule -> mask, and the papers' methods as compositions of it."""
+"""`prune()` and `score()`: from a model, a method and data to masks that hold, and a report."""
 
 import dataclasses
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,264 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from tf_prune.batches import Batches, inputs_like
-from tf_prune.criteria import (
-    SNIP,
-    Criterion,
-    GradientNormPreservation,
-    GraSP,
-    Groups,
-    LossPreservation,
-    Magnitude,
-    OptimalBrainDamage,
-    Random,
-    SquaredGradient,
-    SynapticFlow,
-)
+from tf_prune.criteria import Groups
 from tf_prune.enforcement import apply_masks, masks_of
-from tf_prune.gradients import Arrays, Derivatives
-from tf_prune.masks import Masks, check_finite, masks_from_scores
+from tf_prune.gradients import Derivatives
+from tf_prune.masks import Masks, check_finite
+from tf_prune.methods import Method, as_iterative
 from tf_prune.prunable import Filters, find_prunable, sparsity_of_each
-from tf_prune.schedules import SCHEDULES
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure, cut_into_groups
 
 Scope = str | Mapping[keras.Layer, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Iterative:
-    """Scores and prunes `num_steps` times, each time at the weights that the mask before left.
-
-    For t = 1 ... T: score the weights at `mask_{t-1} * w`, keep as many as the schedule says.
-
-    Args:
-        criterion: A criterion; it is scored at the masked weights.
-        num_steps: T, at least 1.
-        schedule: `"exponential"` or `"linear"`.
-        revive: Whether a weight that was pruned at one step can come back at a later one.
-        num_batches: Batches for each step, the next ones of the data, starting over at its end; `None` takes all
-            of the data at each step.
-        name: What the report and the progress bar call it.
-
-    Raises:
-        ValueError: If an option is out of its range.
-
-    >>> Iterative(SNIP(), num_steps=10).schedule
-    'exponential'
-    """
-
-    criterion: Criterion
-    num_steps: int = 1
-    schedule: str = "exponential"
-    revive: bool = False
-    num_batches: int | None = None
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {self.schedule!r}.")
-        if self.num_batches is not None and self.num_batches < 1:
-            raise ValueError(f"num_batches must be at least 1, or None for all batches; got {self.num_batches}.")
-        SCHEDULES[self.schedule](0.0, self.num_steps)  # checks num_steps
-        object.__setattr__(self, "name", self.name or type(self.criterion).__name__)
-
-    def masks(
-        self,
-        derivatives: Derivatives,
-        batches: Batches,
-        sparsity: float,
-        groups: Groups,
-        scope: str | Mapping[str, float] = "global",
-        among: Masks | None = None,
-        verbose: int = 0,
-    ) -> tuple[Masks, Masks]:
-        """The final masks, of the weights and of the groups; the model is not changed.
-
-        Args:
-            derivatives: Of the model to prune.
-            batches: The data, for a criterion that needs it.
-            sparsity: The target, in [0, 1): the fraction of all groups that is removed.
-            groups: Each kernel cut into what is pruned together.
-            scope: As in `masks_from_scores`.
-            among: Masks of the weights that may be kept at all.
-            verbose: 0 is silent, 1 shows a progress bar if there is more than one step, or more than one batch.
-        """
-        progress = None
-        if self.num_steps > 1:
-            progress = keras.utils.Progbar(
-                self.num_steps, verbose=verbose, stateful_metrics=["sparsity"], unit_name=self.name
-            )
-        elif verbose:
-            batches.progress = self.name
-        shapes = {path: group.shape for path, group in groups.items()}
-        current = among
-        if current is None and self.num_steps > 1:
-            # All ones, not None, so that the first step is traced like the others: once for all.
-            current = Masks({path: np.ones(shape, bool) for path, shape in shapes.items()})
-        for step in range(1, self.num_steps + 1):
-            data = batches if self.num_batches is None else batches.take(self.num_batches)
-            scores = self.criterion.scores(derivatives, data, current, groups)
-            check_finite(scores)
-
-            def after_step(target: float, step: int = step) -> float:
-                return SCHEDULES[self.schedule](target, self.num_steps)(step)
-
-            now = {path: after_step(target) for path, target in scope.items()} if isinstance(scope, Mapping) else scope
-            allowed, first = _candidates(groups, scores, among if self.revive else current, now, after_step(sparsity))
-            kept = masks_from_scores(
-                scores,
-                after_step(sparsity),
-                now,
-                allowed,
-                first,
-                # On a model that was pruned before, the first steps may ask for more weights than are left.
-                or_fewer=step < self.num_steps,
-                shapes=shapes,
-            )
-            current = _spread(groups, kept, among)
-            if progress:
-                progress.update(step, [("sparsity", kept.sparsity)], finalize=step == self.num_steps)
-        assert current is not None  # noqa: S101 - for the type checker: num_steps is at least 1
-        return current, kept
-
-
-def _candidates(
-    groups: Groups, scores: Arrays, masks: Masks | None, scope: str | Mapping[str, float], sparsity: float
-) -> tuple[Arrays | None, Arrays | None]:
-    """Which groups may be kept, and which of them before all others so that a later step can be exact too.
-
-    Those that have a weight which is not pruned; under N:M the best ones.
-    """
-    has_pattern = any(group.at_most for group in groups.values())
-    if masks is None and not has_pattern:
-        return None, None
-    among = {
-        path: np.ones(group.group_shape, bool) if masks is None else group.any(masks[path])
-        for path, group in groups.items()
-    }
-    if not has_pattern:
-        return among, None
-    table = scope if isinstance(scope, Mapping) else {}
-    allowed, first = {}, {}
-    for path, group in groups.items():
-        density = 1 - table.get(path, sparsity)
-        allowed[path] = group.best_of_each(scores[path], among[path], density)
-        first[path] = group.best_of_each(scores[path], among[path]) & np.bool_(group.at_most is not None)
-    return allowed, first
-
-
-def _spread(groups: Groups, kept: Masks, among: Masks | None) -> Masks:
-    masks = {path: group.spread(kept[path]) for path, group in groups.items()}
-    return Masks(masks if among is None else {path: mask & among[path] for path, mask in masks.items()})
-
-
-def FORCE(
-    num_steps: int = 60, schedule: str = "exponential", num_batches: int | None = 1, training: bool = True
-) -> Iterative:
-    """Foresight connection sensitivity: SNIP's score of the pruned network, step by step; weights may come back.
-
-    `score = |w * dL(c * w) / d(c * w)|` with the dense weight w and the mask c of the step before, so a pruned weight
-    has a score too. With one step it is SNIP.
-
-    Args:
-        num_steps: T; the paper uses 300 on CIFAR-10 and 60 elsewhere.
-        schedule: `"exponential"` or `"linear"`.
-        num_batches: Fresh batches for each step; `None` takes all of the data each time.
-        training: Whether batch normalization uses the batch's statistics while scoring.
-
-    >>> FORCE(num_steps=10).revive
-    True
-
-    Source: de Jorge et al. 2020, Eq. 5 and Algorithm 1; in the ICLR 2021 version this is what is called FORCE.
-    Deviations: the loss is cross-entropy, as the paper says; the authors' release feeds raw logits to a negative
-    log-likelihood. Signed gradients are averaged over batches, as in that release; the paper averages saliencies.
-    """
-    return Iterative(SNIP(training), num_steps, schedule, revive=True, num_batches=num_batches, name="FORCE")
-
-
-def IterativeSNIP(
-    num_steps: int = 60, schedule: str = "exponential", num_batches: int | None = 1, training: bool = True
-) -> Iterative:
-    """SNIP step by step, where a pruned weight never comes back; otherwise as `FORCE`.
-
-    Args:
-        num_steps: T.
-        schedule: `"exponential"` or `"linear"`.
-        num_batches: Fresh batches for each step; `None` takes all of the data each time.
-        training: Whether batch normalization uses the batch's statistics while scoring.
-
-    >>> IterativeSNIP(num_steps=10).revive
-    False
-
-    Source: de Jorge et al. 2020, Eq. 7, which its first version calls FORCE.
-    """
-    return Iterative(SNIP(training), num_steps, schedule, num_batches=num_batches, name="IterativeSNIP")
-
-
-def GraSPIt(
-    num_steps: int = 60, schedule: str = "exponential", num_batches: int | None = 1, training: bool = True
-) -> Iterative:
-    """GRASP-It: the gradient norm of the pruned network is kept as large as it goes, step by step.
-
-    `score = (dL/dw)^2` at the masked weights; a pruned weight never comes back. With one step it is not `GraSP`.
-
-    Args:
-        num_steps: T.
-        schedule: `"exponential"` or `"linear"`.
-        num_batches: Fresh batches for each step; `None` takes all of the data each time.
-        training: Whether batch normalization uses the batch's statistics while scoring.
-
-    >>> GraSPIt(num_steps=10).criterion
-    SquaredGradient(training=True)
-
-    Source: de Jorge et al. 2020, App. E, Eq. 17; no revival as in their release.
-    """
-    return Iterative(SquaredGradient(training), num_steps, schedule, num_batches=num_batches, name="GraSPIt")
-
-
-def SynFlow(num_steps: int = 100, schedule: str = "exponential") -> Iterative:
-    """Iterative synaptic flow pruning: needs no data, and empties no layer while others have more than one weight.
-
-    Args:
-        num_steps: How often to score and prune.
-        schedule: `"exponential"` or `"linear"`.
-
-    >>> SynFlow().num_steps
-    100
-
-    Source: Tanaka et al. 2020, Algorithm 1.
-    """
-    return Iterative(SynapticFlow(), num_steps, schedule, name="SynFlow")
-
-
-METHODS: dict[str, Callable[[], Criterion | Iterative]] = {
-    "snip": SNIP,
-    "grasp": GraSP,
-    "force": FORCE,
-    "iterative_snip": IterativeSNIP,
-    "grasp_it": GraSPIt,
-    "synflow": SynFlow,
-    "loss_preservation": LossPreservation,
-    "gradient_norm_preservation": GradientNormPreservation,
-    "optimal_brain_damage": OptimalBrainDamage,
-    "magnitude": Magnitude,
-    "random": Random,
-}
-
-Method = str | Criterion | Iterative
-
-
-def _as_iterative(method: Method) -> Iterative:
-    if isinstance(method, str) and method in METHODS:
-        method = METHODS[method]()
-    if isinstance(method, Iterative):
-        return method
-    if not isinstance(method, Criterion):
-        raise ValueError(
-            f"method must be one of {', '.join(map(repr, METHODS))}, or an object such as tf_prune.SNIP(), a "
-            f"tf_prune.Criterion; got {method!r}."
-        )
-    return Iterative(method)
 
 
 def score(
@@ -304,7 +56,7 @@ def score(
     >>> score(model, "magnitude")["logits/kernel"].shape
     (4, 3)
     """
-    method = _as_iterative(criterion)
+    method = as_iterative(criterion)
     survey = find_prunable(model, filters, include)
     groups, _ = cut_into_groups(None, survey.layouts)
     derivatives = Derivatives(model, survey.prunable, loss, dropout)
@@ -449,7 +201,7 @@ def prune(
     >>> report.masks.num_kept
     5
     """
-    iterative = _as_iterative(method)
+    iterative = as_iterative(method)
     sparsity = check_sparsity(sparsity)
     survey = find_prunable(model, filters, include)
     groups, left = cut_into_groups(structure, survey.layouts)
