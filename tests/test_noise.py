@@ -76,6 +76,7 @@ def test_a_stateful_layer_is_an_error_that_names_it():
     data = np.ones((4, 6, 2), np.float32), np.ones((4, 4), np.float32)
     with pytest.raises(ValueError, match=r"'memory' is stateful.*stateful = False"):
         tf_prune.prune(model, "snip", 0.5, data)
+    assert tf_prune.prune(keras.models.clone_model(model), "magnitude", 0.5).masks.num_kept == 57 // 2
     model.get_layer("memory").stateful = False
     assert tf_prune.prune(model, "snip", 0.5, data).masks.num_kept == 57 // 2
 

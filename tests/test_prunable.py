@@ -206,7 +206,10 @@ def test_a_wrong_table_says_what_it_names():
     body = inner.get_layer("body")
     cases = [
         ({"head": 0.5}, "keyed by layer objects, got 'head'"),
-        ({layers.Dense(3, name="stranger"): 0.5}, "names the layer 'stranger', which is not in the model.*body, head"),
+        (
+            {layers.Dense(3, name="stranger"): 0.5},
+            "names the layer 'stranger', which is not in the model.*that are: body, head",
+        ),
         ({inner: 0.5, body: 0.5}, "twice: by a layer, and by a model that contains it"),
         ({body: 95}, r"Did you mean 0\.95"),
     ]

@@ -1,5 +1,6 @@
 """What a user calls `data`, as a stream of checked `(x, y, sample_weight)` batches."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -95,7 +96,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         cardinality = getattr(self._data, "cardinality", None)
-        if callable(cardinality) and int(cardinality()) == -1:
+        is_endless = isinstance(self._data, keras.utils.PyDataset) and self._data.num_batches is None
+        if is_endless or (callable(cardinality) and int(cardinality()) == -1):
             raise ValueError(
                 "data is an endless dataset, and all of it is asked for. Limit it, for example with data.take(10)."
             )
@@ -108,9 +110,10 @@ class Batches:
                 "This method scores weights by the loss on examples, but data is None. Pass data=(x, y), or an "
                 "iterable of such batches."
             )
-        stream = (source[i] for i in range(source.num_batches)) if isinstance(source, keras.utils.PyDataset) else source
         index, bar, total = -1, None, self._num_batches()
-        for index, batch in enumerate(stream):
+        if isinstance(source, keras.utils.PyDataset):
+            source = map(source.__getitem__, itertools.count() if total is None else range(total))
+        for index, batch in enumerate(source):
             if self.progress and (index or (total or 0) > 1):
                 bar = bar or keras.utils.Progbar(total, unit_name=self.progress)
                 bar.update(index)
@@ -164,11 +167,25 @@ class _Halves:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
             middle = len(keras.tree.flatten(batch)[0]) // 2
+            if middle == 0:
+                raise ValueError("A batch of one example has no halves. Half batches need at least 2 examples each.")
             for part in (slice(None, middle), slice(middle, None)):
                 x, y, sample_weight = keras.tree.map_structure(
                     lambda leaf, part=part: None if leaf is None else leaf[part], batch
                 )
                 yield x, y, sample_weight
+
+
+def _labels(y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The labels as they are, and as one integer a row."""
+    leaves = keras.tree.flatten(y)
+    rows = keras.ops.convert_to_numpy(leaves[0]) if len(leaves) == 1 and leaves[0] is not None else np.zeros((0, 0, 0))
+    if rows.ndim == 1 or rows.shape[1:] == (1,):
+        return rows, rows.reshape(len(rows))
+    if rows.ndim == 2 and np.isin(rows, (0, 1)).all() and (rows.sum(-1) == 1).all():
+        return rows, rows.argmax(-1)
+    shape = rows.shape if rows.size else type(y).__name__
+    raise ValueError(f"Labels must be integers of shape (batch,) or one-hot rows (batch, classes); got {shape}.")
 
 
 def class_balanced(data: Any, examples_per_class: int = 10, num_classes: int | None = None) -> tuple[Any, Any]:
@@ -195,16 +212,19 @@ def class_balanced(data: Any, examples_per_class: int = 10, num_classes: int | N
     if examples_per_class < 1:
         raise ValueError(f"examples_per_class must be at least 1, got {examples_per_class}.")
     found: dict[int, list[tuple[Any, Any]]] = {}
-    for x, y, _ in Batches(data):
-        rows = keras.ops.convert_to_numpy(y)
-        labels = rows.argmax(-1) if rows.ndim > 1 and rows.shape[-1] > 1 else rows.reshape(len(rows))
+    batches = Batches(data)
+    # With the number of classes known, data may be endless.
+    for x, y, _ in batches if num_classes is None else batches._read():
+        rows, labels = _labels(y)
         num_classes = rows.shape[-1] if rows.ndim > 1 and rows.shape[-1] > 1 else num_classes
         examples = keras.tree.map_structure(keras.ops.convert_to_numpy, x)
         for i, label in enumerate(labels.tolist()):
             if label != int(label) or not 0 <= label < (num_classes or np.inf):
                 raise ValueError(f"The label {label} is no class: expected an integer from 0, below num_classes.")
-            if len(found.setdefault(int(label), [])) < examples_per_class:
-                found[int(label)].append((keras.tree.map_structure(lambda leaf, i=i: leaf[i], examples), rows[i]))
+            if len(found.setdefault(int(label), [])) < examples_per_class:  # a copy: a view would hold its whole batch
+                found[int(label)].append(
+                    (keras.tree.map_structure(lambda leaf, i=i: leaf[i].copy(), examples), rows[i])
+                )
         if num_classes and sum(map(len, found.values())) == num_classes * examples_per_class:
             break
     classes = range(num_classes) if num_classes else sorted(found)

@@ -20,7 +20,8 @@ MaskMapping = Mapping[str, np.ndarray]
 
 def _describe(part: Any) -> str:
     leaves = [keras.ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
-    return ", ".join(f"{a.dtype}{list(a.shape)} from {a.min()} to {a.max()}" for a in leaves if a.size)
+    texts = [f"{a.dtype}{list(a.shape)}" + (f" from {a.min()} to {a.max()}" if a.size else "") for a in leaves]
+    return ", ".join(texts) or "missing (only the losses 'uniform', 'prediction' and 'prediction_raw' need none)"
 
 
 class Derivatives:
@@ -41,9 +42,6 @@ class Derivatives:
         loss: A Keras loss, its name, or a callable `(y, outputs)`; `None` takes the compiled one. `"uniform"`,
             `"prediction"` and `"prediction_raw"` need no labels.
         dropout: Whether dropout and noise layers act; with the same noise in each batch, as the model's seeds stay.
-
-    Raises:
-        ValueError: If a layer of the model is stateful.
     """
 
     def __init__(
@@ -53,7 +51,6 @@ class Derivatives:
         loss: Any = None,
         dropout: bool = False,
     ):
-        check_no_state(model)
         self._dropout = dropout
         self._jit = True if model.compiled and model.jit_compile is True else None
         self._model = model
@@ -103,7 +100,8 @@ class Derivatives:
         """Product Hg of the Hessian of the mean loss with its gradient g, both over the prunable weights.
 
         `Hg = d(g . stop(g)) / dw`, reverse over reverse. With several batches g is averaged over all of them
-        before H is applied, so the data is read twice and the result is that of one large batch.
+        before H is applied, so the data is read twice and the result is that of one large batch. Data that is shuffled
+        or augmented anew at each pass gives g and H of different examples: keep it in a list.
 
         Args:
             batches: The examples.
@@ -116,11 +114,12 @@ class Derivatives:
             ValueError: If a temperature is asked of another loss, or several batches come from a generator.
         """
         product = self._hessian_product_function(temperature, training, times_weights)
-        start = list(itertools.islice(batches, 2))
+        stream = iter(batches)
+        start = list(itertools.islice(stream, 2))
         if len(start) == 1:
             return self._mean(product, start, masks, None)
         _check_read_again(batches, "The Hessian-gradient product reads the data twice")
-        gradient = self._mean(self._gradient_function(temperature, training), batches, masks)
+        gradient = self._mean(self._gradient_function(temperature, training), itertools.chain(start, stream), masks)
         return self._mean(product, batches, masks, [tf.constant(g) for g in gradient.values()])
 
     def hessian_diagonal(
@@ -144,15 +143,16 @@ class Derivatives:
             seed: Of the signs.
             training: As in `gradient`.
         """
-        start = list(itertools.islice(batches, 2))
-        if len(start) > 1:
+        stream = iter(batches)
+        start = list(itertools.islice(stream, 2))
+        if len(start) > 1 and num_probes > 1:
             _check_read_again(batches, f"The Hessian's diagonal reads the data {num_probes} times")
         product = self._hessian_product_function(1.0, training)
         generator = np.random.default_rng(seed)
         diagonal = {path: np.zeros(v.shape, np.float32) for path, v in self.variables.items()}
-        for _ in range(num_probes):
+        for probe in range(num_probes):
             signs = [2.0 * generator.integers(0, 2, d.shape).astype(np.float32) - 1.0 for d in diagonal.values()]
-            source = batches if len(start) > 1 else start
+            source = start if len(start) == 1 else batches if probe else itertools.chain(start, stream)
             products = self._mean(product, source, masks, [tf.constant(sign) for sign in signs])
             for sign, (path, value) in zip(signs, products.items(), strict=True):
                 diagonal[path] += sign * value / num_probes
@@ -198,6 +198,7 @@ class Derivatives:
 
     def _function(self, key: Any, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
         if key not in self._functions:
+            check_no_state(self._model)
 
             def traced(*args: Any) -> Tensors:
                 value = function(*args)

@@ -25,20 +25,27 @@ class _Wrapped(keras.losses.Loss):
 
 
 class _OnLogits(keras.losses.Loss):
-    """A loss that takes logits, whatever the model ends in; `from_logits=None` where nothing says what it ends in."""
+    """A loss that takes logits, whatever the model ends in; `from_logits=None` where nothing says what it ends in.
 
-    def __init__(self, from_logits: bool | None = None, **options: Any):
+    One logit, or each of several in a model of binary labels, is two classes of which the first has the logit 0.
+    """
+
+    def __init__(self, from_logits: bool | None = None, binary: bool = False, **options: Any):
         super().__init__(**options)
         self.from_logits = from_logits
+        self.binary = binary
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "from_logits": self.from_logits}
+        return {**super().get_config(), "from_logits": self.from_logits, "binary": self.binary}
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        if y_pred.shape[-1] == 1:  # one logit of two classes
-            y_pred = ops.concatenate([ops.zeros_like(y_pred), y_pred], -1)
-        log_probabilities = ops.log_softmax(y_pred)
-        return -ops.sum(self.target(y_pred) * log_probabilities, -1)
+        if self.binary or y_pred.shape[-1] == 1:
+            y_true = ops.reshape(y_true, ops.shape(y_pred))
+            y_pred = ops.stack([ops.zeros_like(y_pred), y_pred], -1)
+        return self.of_logits(y_true, y_pred)
+
+    def of_logits(self, y_true: Any, logits: Any) -> Any:
+        return -ops.sum(self.target(logits) * ops.log_softmax(logits), -1)
 
     def target(self, logits: Any) -> Any:
         raise NotImplementedError
@@ -68,11 +75,12 @@ class _RawPrediction(_OnLogits):
 class _RawLogit(_OnLogits):
     """`-mean(logit[label])`: a negative log-likelihood that is given logits."""
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        if len(y_true.shape) < len(y_pred.shape) or y_true.shape[-1] != y_pred.shape[-1]:
-            labels = y_true[..., 0] if len(y_true.shape) == len(y_pred.shape) else y_true
-            y_true = ops.one_hot(ops.cast(labels, "int32"), y_pred.shape[-1])
-        return -ops.sum(ops.cast(y_true, y_pred.dtype) * y_pred, -1)
+    def of_logits(self, y_true: Any, logits: Any) -> Any:
+        if len(y_true.shape) == len(logits.shape) and y_true.shape[-1] == 1:
+            y_true = y_true[..., 0]
+        if len(y_true.shape) < len(logits.shape):
+            y_true = ops.one_hot(ops.cast(y_true, "int32"), logits.shape[-1])
+        return -ops.sum(ops.cast(y_true, logits.dtype) * logits, -1)
 
 
 # Losses that only scoring uses. The first three need no labels: Lee et al. 2020, Sec. 5.2, "Unif." and "Pred.
@@ -90,7 +98,7 @@ def _resolve(model: keras.Model, loss: Any) -> keras.losses.Loss | None:
     if isinstance(loss, str) and loss in LOSSES:
         compiled = _resolve(model, None) if model.compiled and model.loss is not None else None
         from_logits = compiled.get_config().get("from_logits") if compiled is not None else None
-        return LOSSES[loss](from_logits, name=loss)
+        return LOSSES[loss](from_logits, "Binary" in type(compiled).__name__, name=loss)
     is_compiled = loss is None
     if is_compiled:
         if not model.compiled:
@@ -109,7 +117,10 @@ def _resolve(model: keras.Model, loss: Any) -> keras.losses.Loss | None:
             (loss,) = loss.values() if isinstance(loss, dict) else loss
         if isinstance(loss, (list, tuple, dict)) or loss in ("crossentropy", "ce"):
             return None
-    loss = keras.losses.get(loss)
+    try:
+        loss = keras.losses.get(loss)
+    except ValueError as error:
+        raise ValueError(f"{error} Only for scoring there are {', '.join(map(repr, LOSSES))}.") from None
     name = getattr(loss, "__name__", "")
     if name and loss is getattr(keras.losses, name, None):
         # The class of the same name knows how to reduce, and whether it takes logits.
@@ -133,7 +144,8 @@ def _logits(loss: keras.losses.Loss, outputs: Any) -> Any:
         return getattr(outputs, "_keras_logits", outputs)
     # A constant per example drops out of a softmax, so the logarithm is as good as the logits.
     probabilities = ops.maximum(ops.cast(outputs, "float32"), _SMALLEST)
-    if "Binary" in type(loss).__name__ or (isinstance(loss, _OnLogits) and outputs.shape[-1] == 1):
+    is_binary = isinstance(loss, _OnLogits) and (loss.binary or outputs.shape[-1] == 1)
+    if is_binary or "Binary" in type(loss).__name__:
         return ops.log(probabilities) - ops.log(ops.maximum(1.0 - probabilities, _SMALLEST))
     return ops.log(probabilities)
 

@@ -276,6 +276,11 @@ def masks_from_scores(
     sparsity = check_sparsity(sparsity)
     if not isinstance(scope, Mapping) and scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, or a table; got {scope!r}.")
+    unknown = [path for path in scope if path not in scores] if isinstance(scope, Mapping) else []
+    if unknown or not scores:
+        raise ValueError(
+            f"The scope table names {unknown[0]!r}, which has no scores." if unknown else "No scores given."
+        )
     dtype = np.result_type(np.float32, *(np.asarray(score).dtype for score in scores.values()))
     scores = {path: np.ascontiguousarray(score, dtype) for path, score in scores.items()}
     check_finite(scores)
@@ -294,9 +299,10 @@ def masks_from_scores(
         for path, count in kept_in_each(scope, sparsity, sizes, shapes, room, floors, or_fewer).items():
             masks.update(_keep_largest({path: scores[path]}, count, among, first))
     if not any(mask.any() for mask in masks.values()):
+        largest = total if scope in ("global", "uniform", "erk") else max(sizes.values())
         raise ValueError(
             f"Sparsity {sparsity:g} keeps none of the {total:,} prunable weights or groups "
             f"({'table' if isinstance(scope, Mapping) else scope} scope). "
-            f"Keep at least one: ask for a sparsity of at most {math.floor((1 - 1 / total) * 1e9) / 1e9:g}."
+            f"Keep at least one: ask for a sparsity of at most {math.floor((1 - 1 / largest) * 1e9) / 1e9:g}."
         )
     return Masks(masks)

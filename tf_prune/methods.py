@@ -21,7 +21,7 @@ from tf_prune.criteria import (
     SynapticFlow,
 )
 from tf_prune.gradients import Arrays, Derivatives
-from tf_prune.masks import Masks, check_finite, masks_from_scores
+from tf_prune.masks import Masks, masks_from_scores
 from tf_prune.schedules import SCHEDULES
 
 
@@ -88,7 +88,7 @@ class Iterative:
             progress = keras.utils.Progbar(
                 self.num_steps, verbose=verbose, stateful_metrics=["sparsity"], unit_name=self.name
             )
-        elif verbose:
+        elif verbose and self.num_batches is None:
             batches.progress = self.name
         shapes = {path: group.shape for path, group in groups.items()}
         current = among
@@ -98,13 +98,13 @@ class Iterative:
         for step in range(1, self.num_steps + 1):
             data = batches if self.num_batches is None else batches.take(self.num_batches)
             scores = self.criterion.scores(derivatives, data, current, groups)
-            check_finite(scores)
 
             def after_step(target: float, step: int = step) -> float:
                 return SCHEDULES[self.schedule](target, self.num_steps)(step)
 
             now = {path: after_step(target) for path, target in scope.items()} if isinstance(scope, Mapping) else scope
-            allowed, first = _candidates(groups, scores, among if self.revive else current, now, after_step(sparsity))
+            candidates = among if self.revive else current
+            allowed, first = _candidates(groups, scores, candidates, now, after_step(sparsity), self._tightens(step))
             kept = masks_from_scores(
                 scores,
                 after_step(sparsity),
@@ -122,13 +122,24 @@ class Iterative:
         assert current is not None  # noqa: S101 - for the type checker: num_steps is at least 1
         return current, kept
 
+    def _tightens(self, step: int) -> str:
+        """How an N:M pattern becomes strict: it is, or it still may change, or what goes now is gone for good."""
+        return "done" if step == self.num_steps else "anew" if self.revive else "for good"
+
 
 def _candidates(
-    groups: Groups, scores: Arrays, masks: Masks | None, scope: str | Mapping[str, float], sparsity: float
+    groups: Groups,
+    scores: Arrays,
+    masks: Masks | None,
+    scope: str | Mapping[str, float],
+    sparsity: float,
+    tightens: str,
 ) -> tuple[Arrays | None, Arrays | None]:
-    """Which groups may be kept, and which of them before all others so that a later step can be exact too.
+    """Which groups may be kept: those that have a weight which is not pruned; under N:M only the best of each m.
 
-    Those that have a weight which is not pruned; under N:M the best ones.
+    On the way to its sparsity a method that starts from all weights may keep more of each m than n. If pruned weights
+    cannot come back the best n of each m are kept before all others, so that a later step can still be exact. That
+    works where all kernels are under N:M; in a mixed structure N:M holds from the first step.
     """
     has_pattern = any(group.at_most for group in groups.values())
     if masks is None and not has_pattern:
@@ -139,13 +150,16 @@ def _candidates(
     }
     if not has_pattern:
         return among, None
+    strict = {path: group.best_of_each(scores[path], among[path]) for path, group in groups.items()}
+    is_mixed = not all(group.at_most for group in groups.values())
+    if tightens == "done" or (tightens == "for good" and is_mixed):
+        return strict, None
     table = scope if isinstance(scope, Mapping) else {}
-    allowed, first = {}, {}
-    for path, group in groups.items():
-        density = 1 - table.get(path, sparsity)
-        allowed[path] = group.best_of_each(scores[path], among[path], density)
-        first[path] = group.best_of_each(scores[path], among[path]) & np.bool_(group.at_most is not None)
-    return allowed, first
+    loose = {
+        path: group.best_of_each(scores[path], among[path], 1 - table.get(path, sparsity))
+        for path, group in groups.items()
+    }
+    return loose, strict if tightens == "for good" else None
 
 
 def _spread(groups: Groups, kept: Masks, among: Masks | None) -> Masks:

@@ -2,21 +2,15 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-# Operations of TensorFlow that cannot be repeated, or that change a variable behind Keras's back.
-_RANDOM = {
-    "RandomUniform",
-    "RandomUniformInt",
-    "RandomStandardNormal",
-    "TruncatedNormal",
-    "Multinomial",
-    "RandomShuffle",
-}
-_WRITING = {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
+# Operations of TensorFlow that cannot be repeated, or that change something behind Keras's back.
+_RANDOM = re.compile(r"Random|Rng|Stateful.*(Uniform|Normal|Binomial)|.*TruncatedNormal$|Multinomial|(Eager)?PyFunc")
+_WRITING = re.compile(r"Assign(Add|Sub)?VariableOp|Resource(Scatter|StridedSliceAssign)|LookupTable(Insert|Import)")
 
 
 @contextlib.contextmanager
@@ -27,7 +21,7 @@ def noise_off(model: keras.Model) -> Iterator[None]:
         for layer in model._flatten_layers():
             for name in ("rate", "stddev", "dropout", "recurrent_dropout"):
                 value = getattr(layer, name, None)
-                if isinstance(value, float) and value > 0 and hasattr(layer, "seed_generator"):
+                if isinstance(value, (int, float)) and value > 0 and hasattr(layer, "seed_generator"):
                     changed.append((layer, name, value))
                     setattr(layer, name, 0.0)
         yield
@@ -46,7 +40,7 @@ def check_no_state(model: keras.Model) -> None:
         if isinstance(layer, keras.layers.RNN) and layer.stateful:
             raise ValueError(
                 f"The layer {layer.name!r} is stateful: what it gives depends on the batches before, so its scores "
-                f"would too. Set model.get_layer({layer.name!r}).stateful = False while scoring."
+                "would too. Set stateful = False on it while scoring."
             )
 
 
@@ -59,13 +53,13 @@ def why_not_repeatable(graph: Any) -> str | None:
     definition = graph.as_graph_def()
     nodes = itertools.chain(definition.node, *(function.node_def for function in definition.library.function))
     for node in nodes:
-        if node.op in _RANDOM:
+        if _RANDOM.match(node.op) and not node.op.startswith("Stateless"):
             return (
                 f"A layer draws random numbers that cannot be drawn again ({node.op} in {node.name!r}), so scores "
                 "would differ from call to call. Draw them with keras.random and a keras.random.SeedGenerator, or "
                 "switch the layer off while scoring."
             )
-        if node.op in _WRITING:
+        if _WRITING.match(node.op):
             return (
                 f"A layer writes a variable while it is called ({node.op} in {node.name!r}), and scoring must leave "
                 "the model as it was. Make it a keras.Variable: scoring then sets its changes aside."

@@ -166,12 +166,12 @@ def _last_kernels(model: keras.Model, kernels: Mapping[int, Any]) -> set[int]:
     if not getattr(model, "outputs", None):
         return set(list(kernels)[-1:])
     last: set[int] = set()
-    tensors, seen = list(model.outputs), set()
+    tensors, seen = list(model.outputs), set[tuple[int, int]]()
     while tensors:
         operation, node_index, _ = tensors.pop()._keras_history
-        if id(operation) in seen:
+        if (id(operation), node_index) in seen:
             continue
-        seen.add(id(operation))
+        seen.add((id(operation), node_index))
         found = _last_in(operation, kernels) if isinstance(operation, keras.Layer) else set()
         last |= found
         if not found and operation._inbound_nodes:
@@ -242,11 +242,11 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Sequence
     return Survey(prunable, skipped, layouts, own)
 
 
-def sparsity_of_each(survey: Survey, table: Mapping[keras.Layer, float]) -> dict[str, float]:
+def sparsity_of_each(owners: Mapping[str, keras.Layer], table: Mapping[keras.Layer, float]) -> dict[str, float]:
     """What a table of layers says about their kernels, by path.
 
     Args:
-        survey: Of the model.
+        owners: Mapping of the paths that are pruned to the layers that own them.
         table: Mapping of layer to sparsity; a layer can be a whole sub-model, with all that is inside.
 
     Raises:
@@ -259,12 +259,12 @@ def sparsity_of_each(survey: Survey, table: Mapping[keras.Layer, float]) -> dict
                 f"A scope table is keyed by layer objects, got {layer!r}. Use {{model.get_layer(name): sparsity}}."
             )
         inside = {id(part) for part in layer._flatten_layers()}
-        paths = [path for path, owner in survey.layers.items() if id(owner) in inside]
+        paths = [path for path, owner in owners.items() if id(owner) in inside]
         if not paths:
-            names = ", ".join(dict.fromkeys(owner.name for owner in survey.layers.values()))
+            names = ", ".join(dict.fromkeys(owner.name for owner in owners.values()))
             raise ValueError(
-                f"The scope table names the layer {layer.name!r}, which is not in the model or has nothing prunable "
-                f"there. Layers with prunable kernels: {names}."
+                f"The scope table names the layer {layer.name!r}, which is not in the model, or of which nothing is "
+                f"pruned. Layers that are: {names}."
             )
         for path in paths:
             if path in sparsities:

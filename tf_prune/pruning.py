@@ -72,6 +72,9 @@ def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, 
         example = inputs_like(model, lambda shape, dtype: generator.integers(0, 2, (8, *shape)).astype(dtype))
     if example is None:
         return True
+    fixed = getattr(model, "inputs", None) and model.inputs[0].shape[0]
+    if fixed:  # a model of one batch size only
+        example = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *np.shape(leaf)[1:])), example)
     first = keras.ops.convert_to_numpy(keras.tree.flatten(example)[0])
     return bool((first == first[:1]).all()) or derivatives.sees_its_input(masks, example)
 
@@ -85,13 +88,18 @@ def _existing_masks(model: keras.Model, derivatives: Derivatives) -> Masks | Non
     return Masks({path: masks.get(path, np.ones(shape, bool)) for path, shape in shapes.items()})
 
 
-def _check_least_sparsity(groups: Groups, sparsity: float) -> None:
-    least = min(group.least_sparsity for group in groups.values())
-    if sparsity < least - 1e-12:
-        raise ValueError(
-            f"The structure removes at least {least:g} of the weights, but a sparsity of {sparsity:g} is asked for. "
-            f"Ask for {least:g} or more."
-        )
+def _check_least_sparsity(groups: Groups, sparsity: float, scope: str | Mapping[str, float]) -> None:
+    leasts = {path: group.least_sparsity for path, group in groups.items()}
+    if scope in ("global", "uniform", "erk"):  # what one kernel cannot lose, another one can
+        leasts = {"the model": min(leasts.values())}
+    table = scope if isinstance(scope, Mapping) else {}
+    for where, least in leasts.items():
+        asked = table.get(where, sparsity)
+        if asked < least - 1e-12:
+            raise ValueError(
+                f"The structure removes at least {least:g} of the weights of {where}, but a sparsity of {asked:g} is "
+                f"asked for. Ask for {least:g} or more, or leave the layer out with filters=..."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,13 +213,15 @@ def prune(
     sparsity = check_sparsity(sparsity)
     survey = find_prunable(model, filters, include)
     groups, left = cut_into_groups(structure, survey.layouts)
-    _check_least_sparsity(groups, sparsity)
-    table = sparsity_of_each(survey, scope) if isinstance(scope, Mapping) else scope
-    if isinstance(table, dict):
-        table = {path: value for path, value in table.items() if path in groups}
+    table = scope
+    if isinstance(scope, Mapping):
+        table = sparsity_of_each({path: survey.layers[path] for path in groups}, scope)
+    _check_least_sparsity(groups, sparsity, table)
     derivatives = Derivatives(model, {path: survey.prunable[path] for path in groups}, loss, dropout)
     batches = Batches(data)
     existing = _existing_masks(model, derivatives)
+    if existing is not None:
+        groups = {path: dataclasses.replace(group, alive=existing[path]) for path, group in groups.items()}
     masks, kept = iterative.masks(derivatives, batches, sparsity, groups, table, existing, verbose)
     emptied = tuple(path for path, mask in masks.items() if not mask.any() and survey.layouts[path].kind != "bias")
     if emptied:

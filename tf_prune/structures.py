@@ -5,6 +5,7 @@ A structure cuts a kernel into groups. A criterion gives a group one score, rank
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -45,12 +46,14 @@ class Grouping:
         view: Its shape with an axis of its own for the members of a group.
         members: The axes of `view` that run inside a group; the others count the groups. Empty for single weights.
         at_most: `(axis, n)`: no more than n along this axis of `view` may be kept; `None` where there is no such rule.
+        alive: Which weights were not pruned before: only they count in a group's score. `None` counts all.
     """
 
     shape: tuple[int, ...]
     view: tuple[int, ...]
     members: tuple[int, ...] = ()
     at_most: tuple[int, int] | None = None
+    alive: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     @property
     def group_shape(self) -> tuple[int, ...]:
@@ -64,7 +67,10 @@ class Grouping:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum over each group, in float64; single weights stay as they are."""
-        return values.reshape(self.view).sum(self.members, np.float64) if self.members else values
+        if not self.members:
+            return values
+        values = values if self.alive is None else values * self.alive
+        return values.reshape(self.view).sum(self.members, np.float64)
 
     def norm(self, values: np.ndarray, p: float) -> np.ndarray:
         """The p-norm of each group: 1, 2, infinity (the largest magnitude) or -infinity (the smallest)."""
@@ -72,9 +78,17 @@ class Grouping:
         if not self.members:
             return magnitudes
         magnitudes = magnitudes.reshape(self.view)
+        if math.isinf(p) and p < 0:
+            magnitudes = magnitudes if self.alive is None else self._without_dead(magnitudes)
+            return magnitudes.min(self.members)
         if math.isinf(p):
-            return magnitudes.max(self.members) if p > 0 else magnitudes.min(self.members)
+            return magnitudes.max(self.members)
         return np.power(np.power(magnitudes, p, dtype=np.float64).sum(self.members), 1 / p)
+
+    def _without_dead(self, magnitudes: np.ndarray) -> np.ndarray:
+        """With dead weights as large as the largest, which leaves the smallest living one of a group its smallest."""
+        assert self.alive is not None  # noqa: S101 - for the type checker
+        return np.where(self.alive.reshape(self.view), magnitudes, magnitudes.max())
 
     def any(self, mask: np.ndarray) -> np.ndarray:
         """Which groups have a weight that is kept."""
@@ -98,10 +112,11 @@ class Grouping:
             return among
         axis, n = self.at_most
         n = max(n, math.ceil(density * self.view[axis] - 1e-9))
-        ranked = np.moveaxis(np.where(among, scores, -np.inf).reshape(self.view), axis, -1)
-        best = np.zeros(ranked.shape, bool)
-        np.put_along_axis(best, np.argsort(-ranked, axis=-1, kind="stable")[..., :n], True, axis=-1)
-        return np.moveaxis(best, -1, axis).reshape(self.shape) & among
+        values = np.moveaxis(np.where(among, scores, -np.inf).reshape(self.view), axis, 0)
+        rank = np.zeros(values.shape, np.int16)
+        for i, j in itertools.permutations(range(len(values)), 2):  # cheaper than to sort so few
+            rank[i] += values[j] >= values[i] if j < i else values[j] > values[i]
+        return np.moveaxis(rank < n, 0, axis).reshape(self.shape) & among
 
 
 class Structure(abc.ABC):
@@ -143,6 +158,8 @@ def _no_matrix(layout: Layout) -> str | None:
         "embedding": "an embedding table has no input axis",
         "bias": "a bias has no inputs",
     }
+    if layout.kind not in reasons and not (layout.inputs and layout.outputs):
+        return "its equation sums over no axis, or makes none"
     return reasons.get(layout.kind)
 
 
@@ -151,7 +168,8 @@ class NofM(Structure):
     """At most n of every m consecutive weights along the input axis: the pattern that sparse tensor cores run.
 
     The sparsity is at least 1 - n/m. At exactly that each m keep n; above it, weights are removed from those by the
-    scope's ranking. Step by step the pattern tightens with the schedule, one weight of each m at a time.
+    scope's ranking. Step by step the pattern tightens with the schedule, one weight of each m at a time; inside of a
+    `Hybrid` it holds from the first step if pruned weights cannot come back.
 
     Args:
         n: How many of each m may be kept, at least 1.
@@ -172,10 +190,11 @@ class NofM(Structure):
 
     def grouping(self, layout: Layout) -> Grouping | str:
         """See `Structure.grouping`."""
-        axis = layout.inputs[-1] if layout.inputs else 0
-        return _no_matrix(layout) or Grouping(
-            layout.shape, _split(layout.view, axis, self.m), at_most=(axis + 1, self.n)
-        )
+        reason = _no_matrix(layout)
+        if reason:
+            return reason
+        axis = layout.inputs[-1]
+        return Grouping(layout.shape, _split(layout.view, axis, self.m), at_most=(axis + 1, self.n))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +248,8 @@ def _channels(layout: Layout, axes: tuple[int, ...], what: str) -> Grouping | st
 class OutputChannels(Structure):
     """Whole filters: all weights into one output, with all gates of a recurrent unit.
 
-    The kernels whose outputs are the model's outputs are left alone.
+    The kernels whose outputs are the model's outputs are left alone. A subclassed model does not say which they are:
+    there it is the last kernel in model order, so put the head last, or leave it out with `filters`.
 
     >>> OutputChannels().grouping(Layout("convolution", (3, 3, 8, 16), (3, 3, 8, 16), (2,), (3,))).group_shape
     (16,)
@@ -334,8 +354,8 @@ def cut_into_groups(
         kernels = "\n".join(f"  {path} {reason}" for path, reason in misfits.items())
         names = sorted({path.rsplit("/", 1)[0].rsplit("/", 1)[-1] for path in misfits})
         raise ValueError(
-            f"{structure} does not divide these kernels, and nothing was pruned:\n{kernels}\nLeave them dense, with "
-            f"filters=lambda layer: layer.name not in {names!r}, or choose a structure that divides them."
+            f"{structure} does not divide these kernels, and nothing was pruned:\n{kernels}\nLeave them dense, as "
+            f"filters=lambda layer: layer.name not in {names!r} does, or choose a structure that divides them."
         )
     if not groups:
         reasons = "\n".join(f"  {path}: {reason}" for path, reason in left.items())
