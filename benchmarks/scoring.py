@@ -49,6 +49,7 @@ PER_STEP = {
 }
 # Measured of the papers' own code on VGG-19 and ResNet-32x2, 2 cores, PyTorch: the range over both.
 PAPERS = {"SNIP": "1.10-1.73", "GraSP": "5.2-8.4", "FORCE": "1.13-2.15", "IterativeSNIP": "1.15-2.28"}
+PAPERS_NETWORKS = ("vgg19", "resnet32x2")
 TARGETS = {"SNIP": 1.1, "GraSP": 3.0, "|GraSP|": 3.0, "FORCE": 1.1, "IterativeSNIP": 1.1, "SynFlow": 1.1}
 
 
@@ -109,7 +110,7 @@ def measure(network: str, repeats: int) -> None:
         if _METHODS.value and name not in _METHODS.value:
             continue
         first = seconds(lambda method=method: prune(method))
-        row(name, ratios(yardstick, lambda method=method: prune(method), repeats), first / base)
+        row(network, name, ratios(yardstick, lambda method=method: prune(method), repeats), first / base)
     for name, make in PER_STEP.items():
         if _METHODS.value and name not in _METHODS.value:
             continue
@@ -118,14 +119,15 @@ def measure(network: str, repeats: int) -> None:
         for _ in range(repeats):
             long, short = (seconds(lambda n=n, make=make: prune(make(num_steps=n))) for n in (6, 2))
             values.append((long - short) / 4 / seconds(yardstick))
-        row(f"{name}, a step", values, first / base)
+        row(network, f"{name}, a step", values, first / base)
 
 
-def row(name: str, values: list[float], first: float) -> None:
+def row(network: str, name: str, values: list[float], first: float) -> None:
     key = name.split(",")[0]
+    papers = PAPERS.get(key, "") if network in PAPERS_NETWORKS else ""
     target = f"{TARGETS[key]:.2f}" if key in TARGETS else ""
     spread = f"{np.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
-    print(f"| {name} | {spread} | {target} | {PAPERS.get(key, '')} | {first:.1f} |", flush=True)
+    print(f"| {name} | {spread} | {target} | {papers} | {first:.1f} |", flush=True)
 
 
 def main() -> None:

@@ -122,6 +122,28 @@ def test_a_class_balanced_batch_says_what_is_missing(options, message):
         class_balanced(labelled(30), **options)
 
 
+@pytest.mark.parametrize("y", [None, {"a": np.zeros(4), "b": np.zeros(4)}, np.zeros((4, 3), int), np.zeros((4, 2, 2))])
+def test_labels_that_are_no_classes_are_an_error(y):
+    with pytest.raises(ValueError, match=r"Labels must be integers of shape \(batch,\) or one-hot rows"):
+        class_balanced((np.ones((4, 2)), y), 1)
+
+
+def test_an_endless_sequence_gives_the_batches_that_are_asked_for():
+    class Endless(Sequence):
+        num_batches = None
+
+    assert len(list(Batches(Endless(1)).take(5))) == 5
+    with pytest.raises(ValueError, match="endless"):
+        iter(Batches(Endless(1)))
+    endless = tf.data.Dataset.from_tensors(labelled(6)).repeat()
+    assert len(class_balanced(endless, 4, num_classes=3)[0]) == 12
+
+
+def test_a_batch_of_one_example_has_no_halves():
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        list(Batches((X[:1], Y[:1])).halves())
+
+
 def test_halves_are_the_same_examples():
     x, y = labelled(7)
     halves = list(Batches((x, y)).halves())

@@ -68,7 +68,7 @@ def test_counts_are_exact_and_a_layer_that_is_emptied_is_told(method, name, recw
 
 
 @EVERY
-@pytest.mark.parametrize("name", ["conv_bn", "recurrent", "attention", "separable"])
+@pytest.mark.parametrize("name", ["mlp", "conv_bn", "recurrent", "attention", "separable"])
 def test_every_scope_keeps_exact_counts_of_the_groups_of_every_structure(method, name):
     model = helpers.build(name)
     survey = tf_prune.find_prunable(model)
@@ -83,14 +83,25 @@ def test_every_scope_keeps_exact_counts_of_the_groups_of_every_structure(method,
         for scope in (*tf_prune.SCOPES, {next(iter(groups)): 0.5}):
             masks, kept = iterative.masks(of_these, Batches(helpers.batch()), 0.75, groups, scope)
             sizes = {path: math.prod(group.group_shape) for path, group in groups.items()}
-            each = {p: num_kept(n, scope.get(p, 0.75) if isinstance(scope, dict) else 0.75) for p, n in sizes.items()}
+            table = scope if isinstance(scope, dict) else {}
+            each = {path: size // (2 if path in table else 4) for path, size in sizes.items()}
             if scope in ("global", "uniform", "erk"):
-                assert kept.num_kept == num_kept(sum(sizes.values()), 0.75), (structure, scope)
+                assert kept.num_kept == sum(sizes.values()) // 4, (structure, scope)
             else:
                 assert {p: int(mask.sum()) for p, mask in kept.items()} == each, (structure, scope)
             for path, group in groups.items():
                 np.testing.assert_array_equal(group.any(masks[path]), kept[path])
                 np.testing.assert_array_equal(group.spread(kept[path]), masks[path])
+                if group.at_most:
+                    axis, n = group.at_most
+                    assert (masks[path].reshape(group.view).sum(axis) <= n).all(), (structure, scope)
+
+
+def test_the_models_of_the_battery_have_kernels_for_every_structure():
+    models = [helpers.build(name) for name in ("mlp", "conv_bn", "recurrent", "attention", "separable")]
+    for name, structure in tf_prune.STRUCTURES.items():
+        cut = [groups_that_divide(structure, tf_prune.find_prunable(model).layouts) for model in models]
+        assert sum(map(len, cut)) >= (1 if name == "1x16" else 4), name
 
 
 @EVERY
@@ -116,10 +127,12 @@ def test_permuting_hidden_units_permutes_the_scores(method):
 
 
 @EVERY
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_prunes_exactly_too(method, policy):
+@pytest.mark.parametrize(
+    ("name", "policy"), [("conv_bn", "mixed_bfloat16"), ("conv_bn", "mixed_float16"), ("recurrent", "mixed_float16")]
+)
+def test_mixed_precision_prunes_exactly_too(method, name, policy):
     keras.config.set_dtype_policy(policy)
-    model = helpers.build("conv_bn")
+    model = helpers.build(name)
     report = tf_prune.prune(model, method, 0.5, helpers.batch(), verbose=0)
     assert report.sparsity == 0.5
     helpers.assert_masks_hold(model, report.masks)

@@ -143,6 +143,32 @@ def test_one_logit_of_two_classes_is_two_logits_of_which_one_is_zero(loss):
     np.testing.assert_allclose(scores[2][:, 1:], scores[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["uniform", "prediction", "quirk_raw_logit"])
+def test_several_binary_labels_are_each_two_classes(loss):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "sigmoid")])
+    model.compile("sgd", "binary_crossentropy")
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((8, 4)).astype(np.float32), generator.integers(0, 2, (8, 3))
+    kernel = np.asarray(model.layers[0].kernel, np.float64)
+    p = 1 / (1 + np.exp(-x @ kernel))
+    error = {"uniform": p - 0.5, "prediction": p - p.mean(0), "quirk_raw_logit": -y.astype(float)}[loss]
+    scores = tf_prune.score(model, "snip", (x, y), loss).popitem()[1]
+    np.testing.assert_allclose(scores, abs(kernel * (x.T @ error) / 24), rtol=1e-4, atol=1e-8)
+
+
+def test_one_logit_takes_labels_with_and_without_an_axis():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    x, y = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), np.arange(6) % 2
+    one, other = (
+        tf_prune.score(model, "snip", (x, labels), "quirk_raw_logit").popitem()[1] for labels in (y, y[:, None])
+    )
+    np.testing.assert_array_equal(one, other)
+    expected = abs(np.asarray(model.layers[0].kernel) * (x * y[:, None]).mean(0)[:, None])
+    np.testing.assert_allclose(one, expected, rtol=1e-5)
+
+
 def test_optimal_brain_damage_is_unbiased_with_the_variance_that_it_says(net):
     num_probes = 400
     hessian = net.hessian(net.theta)

@@ -7,6 +7,8 @@ from keras import layers
 import tf_prune
 from tests import helpers
 
+GENERATOR = tf.random.Generator.from_seed(0)
+
 
 class DrawsNoise(keras.Layer):
     def __init__(self, draw, **options):
@@ -14,7 +16,7 @@ class DrawsNoise(keras.Layer):
         self.draw = draw
 
     def call(self, x):
-        return x + self.draw(tf.shape(x))
+        return x + tf.cast(self.draw(tf.shape(x)), x.dtype)
 
 
 class Counts(keras.Layer):
@@ -35,7 +37,18 @@ def around(layer, shape=(6, 6, 1)):
 
 
 @pytest.mark.parametrize("criterion", ["snip", "grasp"])
-@pytest.mark.parametrize("draw", [tf.random.normal, tf.random.uniform, tf.random.truncated_normal])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        tf.random.normal,
+        tf.random.uniform,
+        tf.random.truncated_normal,
+        lambda shape: tf.random.gamma(shape, 1.0),
+        lambda shape: GENERATOR.normal(shape),
+        lambda shape: tf.ensure_shape(tf.numpy_function(np.zeros, [shape], tf.float64), (None, 6, 6, 1)),
+    ],
+    ids=["normal", "uniform", "truncated", "gamma", "generator", "numpy"],
+)
 def test_a_layer_that_draws_noise_without_a_seed_is_an_error(criterion, draw):
     model = around(DrawsNoise(draw, name="noisy"))
     with pytest.raises(ValueError, match=r"^A layer draws random numbers that cannot be drawn again.*noisy"):
@@ -79,6 +92,14 @@ def test_a_stateful_layer_is_an_error_that_names_it():
     assert tf_prune.prune(keras.models.clone_model(model), "magnitude", 0.5).masks.num_kept == 57 // 2
     model.get_layer("memory").stateful = False
     assert tf_prune.prune(model, "snip", 0.5, data).masks.num_kept == 57 // 2
+
+
+@pytest.mark.parametrize("layer", [lambda: layers.GaussianNoise(1), lambda: layers.SpatialDropout2D(0.5)])
+def test_noise_is_off_also_where_its_size_is_an_integer(layer):
+    noisy, plain = around(layer()), around(layers.Dropout(0.0))
+    plain.layers[-1].set_weights(noisy.layers[-1].get_weights())
+    one, other = (tf_prune.score(model, "snip", helpers.batch()).popitem()[1] for model in (noisy, plain))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_dropout_acts_while_scoring_only_if_it_is_asked_for():

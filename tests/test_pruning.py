@@ -174,6 +174,39 @@ def test_sparsity_zero_changes_nothing():
     helpers.assert_same_state(before, model)
 
 
+def test_synaptic_flow_of_a_subclassed_model_reads_one_batch_of_a_generator():
+    model = helpers.build("subclassed")
+    data = (helpers.batch(seed=i) for i in range(1))
+    assert tf_prune.prune(model, tf_prune.SynFlow(3), 0.5, data, verbose=0).sparsity == 0.5
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_a_model_of_a_fixed_batch_size_is_looked_through_too(with_data):
+    inputs = keras.Input(batch_shape=(12, 6))
+    hidden = keras.layers.Dense(4, "relu", name="hidden")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(hidden))
+    model.compile("sgd", "mse")
+    model.get_layer("hidden").bias.assign(np.full(4, -1e3))
+    data = (np.ones((12, 6), np.float32) * np.arange(12)[:, None], np.zeros((12, 2))) if with_data else None
+    with pytest.warns(UserWarning, match="no longer depend on its input"):
+        tf_prune.prune(model, "magnitude", 0.5, data)
+
+
+def test_data_is_opened_no_more_often_than_it_is_read():
+    opened = []
+
+    class Data(list):
+        def __iter__(self):
+            opened.append(1)
+            return super().__iter__()
+
+    data = Data([helpers.batch(seed=i) for i in range(3)])
+    tf_prune.score(helpers.build("mlp"), "grasp", data)
+    assert len(opened) == 2
+    tf_prune.score(helpers.build("mlp"), tf_prune.OptimalBrainDamage(4), data)
+    assert len(opened) == 2 + 4
+
+
 def test_a_progress_bar_shows_each_step_unless_silent(capsys):
     method = tf_prune.FORCE(num_steps=3)
     tf_prune.prune(helpers.build("mlp"), method, 0.9, helpers.batch(), verbose=1)
@@ -206,6 +239,8 @@ BAD = {
     "an unknown method": ({"method": "gra_sp"}, ValueError, "'grasp', 'force'.*got 'gra_sp'"),
     "a class for an object": ({"method": tf_prune.SNIP}, ValueError, r"such as tf_prune\.SNIP\(\)"),
     "an unknown scope": ({"scope": "layer"}, ValueError, "got 'layer'"),
+    "no labels": ({"data": (X, None)}, ValueError, r"y is missing \(only the losses 'uniform'"),
+    "an unknown loss without labels": ({"loss": "unifrom"}, ValueError, "Only for scoring there are 'uniform'"),
     "an unknown loss": ({"loss": "no_such_loss"}, ValueError, "no_such_loss"),
     "weights that are NaN": ({"break_model": nan_weights}, ValueError, "scores of .*hidden/kernel.* are not finite"),
 }

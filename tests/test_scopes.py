@@ -103,6 +103,21 @@ def test_a_table_says_it_for_some_kernels_and_the_sparsity_is_that_of_the_others
     assert [int(mask.sum()) for mask in masks.values()] == [1, 5, 10]
 
 
+def test_a_table_with_an_unknown_name_and_no_scores_at_all_are_errors():
+    with pytest.raises(ValueError, match=r"names 'b', which has no scores\. Scores are of: a"):
+        masks_from_scores({"a": np.ones(4)}, 0.5, {"b": 0.5})
+    with pytest.raises(ValueError, match="There are no scores"):
+        masks_from_scores({}, 0.5)
+
+
+def test_the_sparsity_that_is_advised_where_nothing_is_kept_keeps_something():
+    scores = {"a": np.ones(4), "b": np.ones(100)}
+    for scope in ("global", "layerwise", "uniform", "erk"):
+        with pytest.raises(ValueError, match="at most") as error:
+            masks_from_scores(scores, 0.9999, scope)
+        assert masks_from_scores(scores, float(str(error.value).split()[-1].rstrip(".")), scope).num_kept >= 1
+
+
 @pytest.mark.parametrize("scope", ["uniform", "erk"])
 def test_a_kernel_with_few_candidates_leaves_its_share_to_the_others(scope):
     scores = {"a": np.ones((4, 5)), "b": np.ones((4, 5))}

@@ -167,6 +167,68 @@ def test_n_of_m_tightens_step_by_step_when_it_is_pruned_in_steps():
     assert one_shot.num_kept == mask.sum() == 12
 
 
+@pytest.mark.parametrize("scope", tf_prune.SCOPES)
+@pytest.mark.parametrize("method", ["magnitude", "force", "iterative_snip", "synflow"])
+@pytest.mark.parametrize("channels", [tf_prune.Weights(), tf_prune.OutputChannels()])
+def test_a_hybrid_with_n_of_m_holds_both_and_starves_nobody(method, scope, channels):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 4)),
+            layers.Conv2D(16, 3, activation="relu", name="conv"),
+            layers.GlobalMaxPooling2D(),
+            layers.Dense(16, "relu", name="hidden"),
+            layers.Dense(4, name="head"),
+        ]
+    )
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    data = np.random.default_rng(0).standard_normal((16, 8, 8, 4)).astype(np.float32), np.arange(16) % 4
+    structure = tf_prune.Hybrid(channels, tf_prune.NofM(2, 4))
+    report = tf_prune.prune(model, helpers.METHODS[method], 0.625, data, scope=scope, structure=structure, verbose=0)
+    expected = {"conv": 16 if isinstance(channels, tf_prune.OutputChannels) else 576, "hidden": 256, "head": 64}
+    if scope == "layerwise":
+        assert {p.split("/")[-2]: int(m.sum()) for p, m in report.groups.items()} == {
+            name: size * 3 // 8 for name, size in expected.items()
+        }
+    else:
+        assert report.groups.num_kept == sum(expected.values()) * 3 // 8
+    for path, mask in report.masks.items():
+        if "conv" in path:
+            assert mask.any()
+        else:
+            assert (mask.reshape(-1, 4, mask.shape[-1]).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize(
+    ("structure", "options", "where"),
+    [
+        ("2:4", {"sparsity": 0.9, "scope": {"head": 0.2}}, "head/kernel, but a sparsity of 0.2"),
+        (tf_prune.Hybrid(tf_prune.Weights(), tf_prune.NofM(2, 4)), {"sparsity": 0.3, "scope": "layerwise"}, "of 0.3"),
+    ],
+)
+def test_a_kernel_that_n_of_m_must_prune_further_is_named(structure, options, where):
+    model = helpers.build("mlp")
+    if isinstance(options["scope"], dict):
+        options = {**options, "scope": {model.get_layer(name): s for name, s in options["scope"].items()}}
+    with pytest.raises(ValueError, match=rf"removes at least 0\.5 of the weights of .*{where}"):
+        tf_prune.prune(model, "magnitude", structure=structure, **options)
+
+
+def test_a_group_counts_only_its_weights_that_are_still_there():
+    model = one_layer(layers.Dense(6), (8,))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    kernel = model.layers[0].kernel
+    weights = np.random.default_rng(0).uniform(0.5, 1.0, (8, 6)).astype(np.float32)
+    alive = np.ones((8, 6), bool)
+    alive[:4, 0] = False  # the upper rows lose a weight each, and are otherwise larger
+    weights[:4] += 1
+    kernel.assign(weights)
+    tf_prune.apply_masks(model, {find_prunable(model).prunable.popitem()[0]: alive})
+    report = tf_prune.prune(model, tf_prune.Magnitude(p=-np.inf), 0.5, structure="input_channels")
+    ((_, rows),) = report.groups.items()
+    assert rows.tolist() == [True] * 4 + [False] * 4
+
+
 def test_hybrid_takes_filters_of_convolutions_and_single_weights_of_the_rest():
     model = helpers.build("separable")
     groups, _ = cut_into_groups("hybrid", find_prunable(model).layouts)
@@ -207,6 +269,25 @@ def test_a_kernel_that_is_not_divided_is_named_and_nothing_is_changed():
     helpers.assert_same_state(before, model)
     report = tf_prune.prune(model, "magnitude", 0.5, structure="2:4", filters=lambda layer: layer.name not in ["conv"])
     assert report.sparsity == 0.5
+
+
+def test_an_activation_that_two_heads_share_hides_neither_of_them():
+    inputs = keras.Input((8,))
+    activation = layers.Activation("softmax")
+    heads = [layers.Dense(4, name=name)(inputs) for name in ("one", "two")]
+    model = keras.Model(inputs, [activation(head) for head in heads])
+    assert all(layout.is_last for layout in find_prunable(model).layouts.values())
+
+
+def test_a_kernel_without_a_summed_axis_has_no_blocks():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((5, 8)), layers.EinsumDense("abc,c->abc", (5, 8), name="scale"), layers.Dense(4, name="head")]
+    )
+    for structure in ("2:4", "1x4", "4_outputs"):
+        report = tf_prune.prune(model, "magnitude", 0.5, structure=structure)
+        assert "its equation sums over no axis, or makes none" in str(report)
+        tf_prune.remove_masks(model)
 
 
 WRONG = {

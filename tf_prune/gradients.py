@@ -278,7 +278,7 @@ class Derivatives:
         weights = [tf.convert_to_tensor(variable.value) for variable in self.variables.values()]
         if masks is None:
             return weights
-        return [tf.where(mask, weight, tf.zeros_like(weight)) for mask, weight in zip(masks, weights, strict=True)]
+        return [tf.where(mask, weight, tf.zeros((), weight.dtype)) for mask, weight in zip(masks, weights, strict=True)]
 
     def _loss_value(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
         """The loss times the temperature, which keeps its gradient in range, and times the scale of float16."""

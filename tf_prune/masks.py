@@ -217,14 +217,12 @@ def _keep_largest(
         return {path: first[path] | mask for path, mask in rest.items()}
     if count <= 0:
         return {path: np.zeros(score.shape, bool) for path, score in scores.items()}
-    flat = [score.reshape(-1) if among is None else score[among[path]] for path, score in scores.items()]
-    threshold, ties = _kth_largest(flat, count)
+    if among is not None:
+        scores = {path: np.where(among[path], score, -np.inf) for path, score in scores.items()}
+    threshold, ties = _kth_largest([score.reshape(-1) for score in scores.values()], count)
     kept = {}
     for path, score in scores.items():
         mask, equal = score > threshold, score == threshold
-        if among is not None:
-            mask &= among[path]
-            equal &= among[path]
         found = int(np.count_nonzero(equal))
         if found > ties:
             last = np.flatnonzero(equal)[ties - 1] if ties else -1
@@ -278,9 +276,8 @@ def masks_from_scores(
         raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, or a table; got {scope!r}.")
     unknown = [path for path in scope if path not in scores] if isinstance(scope, Mapping) else []
     if unknown or not scores:
-        raise ValueError(
-            f"The scope table names {unknown[0]!r}, which has no scores." if unknown else "No scores given."
-        )
+        what = f"The scope table names {unknown[0]!r}, which has no scores" if unknown else "There are no scores"
+        raise ValueError(f"{what}. Scores are of: {', '.join(scores) or 'nothing'}.")
     dtype = np.result_type(np.float32, *(np.asarray(score).dtype for score in scores.values()))
     scores = {path: np.ascontiguousarray(score, dtype) for path, score in scores.items()}
     check_finite(scores)
@@ -303,6 +300,6 @@ def masks_from_scores(
         raise ValueError(
             f"Sparsity {sparsity:g} keeps none of the {total:,} prunable weights or groups "
             f"({'table' if isinstance(scope, Mapping) else scope} scope). "
-            f"Keep at least one: ask for a sparsity of at most {math.floor((1 - 1 / largest) * 1e9) / 1e9:g}."
+            f"Keep at least one: ask for a sparsity of at most {math.floor((1 - 1 / largest) * 1e6) / 1e6:g}."
         )
     return Masks(masks)
