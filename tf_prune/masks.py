@@ -148,24 +148,49 @@ def check_finite(scores: Scores) -> None:
             )
 
 
-def _kth_largest(arrays: Sequence[np.ndarray], count: int) -> tuple[Any, int]:
-    """The `count`-th largest value, and how many of the values equal to it are among the `count` largest.
+def _chunks(array: np.ndarray, among: np.ndarray | None) -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
+    """Where, the values and the candidates, in pieces that are read from memory once, whatever is done with them."""
+    array = array.reshape(-1)
+    among = None if among is None else among.reshape(-1)
+    for start in range(0, array.size, _CHUNK):
+        place = slice(start, start + _CHUNK)
+        yield place, array[place], None if among is None else among[place]
+
+
+def _kth_largest(scores: Scores, count: int, among: Scores | None) -> tuple[Any, int]:
+    """The `count`-th largest candidate, and how many of those equal to it are among the `count` largest.
 
     A sample says between which two values it lies, most likely; then only what lies between is ranked.
     """
-    sample = np.concatenate([array[::64] for array in arrays])
+    room = {path: score.size if among is None else int(np.count_nonzero(among[path])) for path, score in scores.items()}
+    samples = [score.reshape(-1)[::64] for score in scores.values()]
+    if among is not None:
+        samples = [s[among[path].reshape(-1)[::64]] for s, path in zip(samples, scores, strict=True)]
+    sample = np.concatenate(samples)
     if sample.size > 1 << 14:
-        total = sum(array.size for array in arrays)
-        rank = sample.size * count / total
+        rank = sample.size * count / sum(room.values())
         margin = 4 * math.sqrt(sample.size)
         places = [min(max(int(sample.size - rank + m), 0), sample.size - 1) for m in (-margin, margin)]
         low, high = np.partition(sample, places)[places]
-        above = sum(int(np.count_nonzero(array > high)) for array in arrays)
-        between = [(array >= low) & (array <= high) for array in arrays]
-        found = sum(int(np.count_nonzero(is_between)) for is_between in between)
-        if above < count <= above + found and found < total / 8:  # else ties: a copy would not pay
-            return _by_digits([a[is_between] for a, is_between in zip(arrays, between, strict=True)], count - above)
-    return _by_digits(arrays, count)
+        above, found, between = 0, 0, []
+        for path, score in scores.items():
+            for _, values, candidates in _chunks(score, None if among is None else among[path]):
+                is_above, is_between = values > high, values >= low
+                is_between ^= is_above
+                if candidates is not None:
+                    is_above &= candidates
+                    is_between &= candidates
+                above += int(np.count_nonzero(is_above))
+                between.append(values[is_between])
+                found += between[-1].size
+            if found > sum(room.values()) / 8:
+                break  # ties: a copy does not pay
+        else:
+            if above < count <= above + found:
+                return _by_digits(between, count - above)
+    if among is None:
+        return _by_digits([score.reshape(-1) for score in scores.values()], count)
+    return _by_digits([score[among[path]] for path, score in scores.items()], count)
 
 
 def _by_digits(arrays: Sequence[np.ndarray], count: int) -> tuple[Any, int]:
@@ -217,19 +242,20 @@ def _keep_largest(
         return {path: first[path] | mask for path, mask in rest.items()}
     if count <= 0:
         return {path: np.zeros(score.shape, bool) for path, score in scores.items()}
-    if among is not None:
-        scores = {path: np.where(among[path], score, -np.inf) for path, score in scores.items()}
-    threshold, ties = _kth_largest([score.reshape(-1) for score in scores.values()], count)
+    threshold, ties = _kth_largest(scores, count, among)
     kept = {}
     for path, score in scores.items():
-        mask, equal = score > threshold, score == threshold
-        found = int(np.count_nonzero(equal))
-        if found > ties:
-            last = np.flatnonzero(equal)[ties - 1] if ties else -1
-            equal.reshape(-1)[last + 1 :] = False
-        mask |= equal
-        ties -= min(ties, found)
-        kept[path] = mask
+        kept[path] = np.empty(score.shape, bool)
+        flat = kept[path].reshape(-1)
+        for place, values, candidates in _chunks(score, None if among is None else among[path]):
+            flat[place] = values > threshold if candidates is None else (values > threshold) & candidates
+            if ties:
+                equal = values == threshold if candidates is None else (values == threshold) & candidates
+                found = int(np.count_nonzero(equal))
+                if found > ties:
+                    equal[np.flatnonzero(equal)[ties] :] = False
+                flat[place] |= equal
+                ties -= min(ties, found)
     return kept
 
 

@@ -99,41 +99,42 @@ class Iterative:
             data = batches if self.num_batches is None else batches.take(self.num_batches)
             scores = self.criterion.scores(derivatives, data, current, groups)
 
-            def after_step(target: float, step: int = step) -> float:
-                return SCHEDULES[self.schedule](target, self.num_steps)(step)
-
-            now = {path: after_step(target) for path, target in scope.items()} if isinstance(scope, Mapping) else scope
-            candidates = among if self.revive else current
-            allowed, first = _candidates(groups, scores, candidates, now, after_step(sparsity), self._tightens(step))
+            is_last = step == self.num_steps
+            now, table = self._after(step, sparsity), {}
+            if isinstance(scope, Mapping):
+                table = {path: self._after(step, target) for path, target in scope.items()}
+            sparsities = {path: table.get(path, now) for path in groups}
+            allowed, first = _candidates(
+                groups, scores, among if self.revive else current, sparsities, is_last, self.revive
+            )
             kept = masks_from_scores(
                 scores,
-                after_step(sparsity),
                 now,
+                table if isinstance(scope, Mapping) else scope,
                 allowed,
                 first,
                 # On a model that was pruned before, the first steps may ask for more weights than are left.
-                or_fewer=step < self.num_steps,
+                or_fewer=not is_last,
                 shapes=shapes,
             )
             current = _spread(groups, kept, among)
             del scores, allowed, first  # before the next step needs the memory
             if progress:
-                progress.update(step, [("sparsity", kept.sparsity)], finalize=step == self.num_steps)
+                progress.update(step, [("sparsity", kept.sparsity)], finalize=is_last)
         assert current is not None  # noqa: S101 - for the type checker: num_steps is at least 1
         return current, kept
 
-    def _tightens(self, step: int) -> str:
-        """How an N:M pattern becomes strict: it is, or it still may change, or what goes now is gone for good."""
-        return "done" if step == self.num_steps else "anew" if self.revive else "for good"
+    def _after(self, step: int, target: float) -> float:
+        return SCHEDULES[self.schedule](target, self.num_steps)(step)
 
 
 def _candidates(
     groups: Groups,
     scores: Arrays,
     masks: Masks | None,
-    scope: str | Mapping[str, float],
-    sparsity: float,
-    tightens: str,
+    sparsities: Mapping[str, float],
+    is_last: bool,
+    revive: bool,
 ) -> tuple[Arrays | None, Arrays | None]:
     """Which groups may be kept: those that have a weight which is not pruned; under N:M only the best of each m.
 
@@ -152,14 +153,12 @@ def _candidates(
         return among, None
     strict = {path: group.best_of_each(scores[path], among[path]) for path, group in groups.items()}
     is_mixed = not all(group.at_most for group in groups.values())
-    if tightens == "done" or (tightens == "for good" and is_mixed):
+    if is_last or (is_mixed and not revive):
         return strict, None
-    table = scope if isinstance(scope, Mapping) else {}
     loose = {
-        path: group.best_of_each(scores[path], among[path], 1 - table.get(path, sparsity))
-        for path, group in groups.items()
+        path: group.best_of_each(scores[path], among[path], 1 - sparsities[path]) for path, group in groups.items()
     }
-    return loose, strict if tightens == "for good" else None
+    return loose, None if revive else strict
 
 
 def _spread(groups: Groups, kept: Masks, among: Masks | None) -> Masks:
