@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -164,22 +164,18 @@ class Derivatives:
         Every other float weight is made absolute too. Batch normalization uses its moving statistics. A final
         softmax or sigmoid is left out: the sum of a softmax is constant.
 
-        R multiplies up layer by layer, beyond float32 for a ResNet of 32 layers. Where it does, the input and every
-        offset, and R itself, are scaled down (or up) alike: the gradients of a network of rectifiers all change by
-        one common factor, and their ranking by nothing.
+        R multiplies up layer by layer, beyond float32 for a ResNet of 32 layers. Where it does, it is computed in
+        float64 and the gradient is that of `log R`: each gets the factor 1 / R, and their ranking stays.
 
         Args:
             masks: Masks of all variables; `None` keeps all.
             example: An input batch that gives the shape where the model does not (subclassed, or of any size).
         """
-        function = self._function("synaptic_flow", self._flow_gradient)
         ones, mask_tensors = self._ones(example), self._mask_tensors(masks)
-        gradients: Arrays = {}
-        for scale in (1.0, 1e-8, 1e-16, 1e8, 1e16):
-            gradients = self._named(function(ones, mask_tensors, tf.constant(scale)))
-            # Too small a flow has lost its digits before it is zero. NaN compares as False.
-            if 1e-20 < np.max([g.max() for g in gradients.values()]) < np.inf:
-                break
+        gradients = self._named(self._flow_function("float32")(ones, mask_tensors))
+        # Too small a flow has lost its digits before it is zero. NaN compares as False.
+        if not 1e-20 < np.max([g.max() for g in gradients.values()]) < np.inf:
+            gradients = self._named(self._flow_function("float64")(ones, mask_tensors))
         return gradients
 
     def sees_its_input(self, masks: MaskMapping, example: Any) -> bool:
@@ -251,23 +247,27 @@ class Derivatives:
 
         return self._function(("hessian_product", temperature, training, times_weights), hessian_product)
 
-    def _flow_gradient(self, ones: Any, masks: Tensors | None, scale: tf.Tensor) -> Tensors:
-        weights = [tf.abs(weight) for weight in self._masked_weights(masks)]
-        prunable = {id(variable) for variable in self.variables.values()}
-        others = [v for v in self._model.weights if id(v) not in prunable and keras.backend.is_float_dtype(v.dtype)]
-        offsets = ("bias", "beta", "moving_mean")
-        mapping = [
-            (v, tf.abs(tf.convert_to_tensor(v.value)) * tf.cast(scale if v.name in offsets else 1.0, v.dtype))
-            for v in others
-        ]
-        ones = keras.tree.map_structure(lambda x: x * tf.cast(scale, x.dtype) if x.dtype.is_floating else x, ones)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
-            with keras.StatelessScope(state_mapping=mapping + list(zip(self.variables.values(), weights, strict=True))):
-                outputs = keras.tree.flatten(self._model(ones, training=False))
-                logits = [tf.cast(getattr(output, "_keras_logits", output), tf.float32) for output in outputs]
-                flow = tf.add_n([tf.reduce_sum(output * scale) for output in logits])
-        return _dense(tape.gradient(flow, weights), weights)
+    def _flow_function(self, precision: str) -> Callable[..., Tensors]:
+        def flow_gradient(ones: Any, masks: Tensors | None) -> Tensors:
+            weights = [tf.abs(weight) for weight in self._masked_weights(masks)]
+            prunable = {id(variable) for variable in self.variables.values()}
+            others = [v for v in self._model.weights if id(v) not in prunable and keras.backend.is_float_dtype(v.dtype)]
+            mapping = [(v, tf.abs(tf.convert_to_tensor(v.value))) for v in others]
+            mapping += list(zip(self.variables.values(), weights, strict=True))
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights)
+                with keras.StatelessScope(state_mapping=mapping):
+                    outputs = keras.tree.flatten(self._model(ones, training=False))
+                logits = [tf.cast(getattr(output, "_keras_logits", output), precision) for output in outputs]
+                flow = tf.add_n([tf.reduce_sum(output) for output in logits])
+                flow = tf.math.log(flow) if precision == "float64" else flow
+            return _dense(tape.gradient(flow, weights), weights)
+
+        def in_float64(*args: Any) -> Tensors:
+            with _computing_in_float64(self._model):
+                return flow_gradient(*args)
+
+        return self._function(("flow", precision), in_float64 if precision == "float64" else flow_gradient)
 
     def _times_weights(self, values: Tensors) -> Tensors:
         """In the compiled function: on all cores, and in the memory of the values."""
@@ -343,6 +343,26 @@ class Derivatives:
     def _named(self, tensors: Tensors) -> Arrays:
         """As read-only arrays on the tensors' own memory."""
         return {path: np.asarray(memoryview(tensor)) for path, tensor in zip(self.variables, tensors, strict=True)}
+
+
+class _Float64(keras.DTypePolicy):
+    """Computes in float64 with variables that are of another type, which makes a layer cast them."""
+
+    variable_dtype = "float32"
+
+
+@contextlib.contextmanager
+def _computing_in_float64(model: keras.Model) -> Iterator[None]:
+    """While a function is traced: its layers cast weights and inputs to float64; no variable changes."""
+    layers = [layer for layer in model._flatten_layers() if not layer.dtype_policy.quantization_mode]
+    policies = [layer.dtype_policy for layer in layers]
+    try:
+        for layer in layers:
+            layer.dtype_policy = _Float64("float64")
+        yield
+    finally:
+        for layer, policy in zip(layers, policies, strict=True):
+            layer.dtype_policy = policy
 
 
 def _dense(gradients: list[tf.Tensor | None], weights: Tensors) -> Tensors:
