@@ -15,6 +15,7 @@ from absl import app, flags, logging
 
 import tf_prune
 from experiments import datasets, models
+from tf_prune.losses import LOSSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ _CHOICES = {
     "dataset": datasets.DATASETS,
     "scope": tf_prune.SCOPES,
     "structure": tuple(tf_prune.STRUCTURES),
-    "score_loss": ("labels", "uniform", "prediction", "prediction_raw", "quirk_raw_logit"),
+    "score_loss": ("labels", *LOSSES),
 }
 
 

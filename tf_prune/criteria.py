@@ -222,7 +222,7 @@ class OptimalBrainDamage(Criterion):
 class SynapticFlow(Criterion):
     """Synaptic saliency of a network of absolute weights on an input of ones: needs no data.
 
-    `score = |w| * dR/d|w|` with `R = sum(f(ones; |w|))`. In a network of rectifiers without biases the scores of each
+    `score = |w| * dR/d|w|` with `R = sum(f(ones; |w|))`. In a chain of rectifiers without biases the scores of each
     layer add up to the same number, R: no layer can starve while others keep their flow. Of a group: the sum.
 
     >>> SynapticFlow()

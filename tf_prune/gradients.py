@@ -270,7 +270,7 @@ class Derivatives:
         return self._function(("flow", precision), in_float64 if precision == "float64" else flow_gradient)
 
     def _times_weights(self, values: Tensors) -> Tensors:
-        """In the compiled function: on all cores, and in the memory of the values."""
+        """In the compiled function, on all cores."""
         weights = (tf.convert_to_tensor(variable.value) for variable in self.variables.values())
         return [value * tf.cast(weight, tf.float32) for value, weight in zip(values, weights, strict=True)]
 

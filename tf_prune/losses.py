@@ -27,8 +27,11 @@ class _Wrapped(keras.losses.Loss):
 class _OnLogits(keras.losses.Loss):
     """A loss that takes logits, whatever the model ends in; `from_logits=None` where nothing says what it ends in.
 
-    One logit, or each of several in a model of binary labels, is two classes of which the first has the logit 0.
+    The target is the labels; a subclass takes another one, and then needs none. One logit, or each of several in a
+    model of binary labels, is two classes of which the first has the logit 0.
     """
+
+    needs_labels = False
 
     def __init__(self, from_logits: bool | None = None, binary: bool = False, **options: Any):
         super().__init__(**options)
@@ -42,45 +45,47 @@ class _OnLogits(keras.losses.Loss):
         if self.binary or y_pred.shape[-1] == 1:
             y_true = ops.reshape(y_true, ops.shape(y_pred))
             y_pred = ops.stack([ops.zeros_like(y_pred), y_pred], -1)
-        return self.of_logits(y_true, y_pred)
+        return -ops.sum(self.target(y_true, y_pred) * self.log_likelihoods(y_pred), -1)
 
-    def of_logits(self, y_true: Any, logits: Any) -> Any:
-        return -ops.sum(self.target(logits) * ops.log_softmax(logits), -1)
+    def target(self, y_true: Any, logits: Any) -> Any:
+        if len(y_true.shape) == len(logits.shape) and y_true.shape[-1] == 1:
+            y_true = y_true[..., 0]
+        if len(y_true.shape) < len(logits.shape):
+            y_true = ops.one_hot(ops.cast(y_true, "int32"), logits.shape[-1])
+        return ops.cast(y_true, logits.dtype)
 
-    def target(self, logits: Any) -> Any:
-        raise NotImplementedError
+    def log_likelihoods(self, logits: Any) -> Any:
+        return ops.log_softmax(logits)
 
 
 class _Uniform(_OnLogits):
     """Cross-entropy with the uniform distribution in the place of the labels."""
 
-    def target(self, logits: Any) -> Any:
+    def target(self, y_true: Any, logits: Any) -> Any:
         return 1.0 / logits.shape[-1]
 
 
 class _Prediction(_OnLogits):
     """Cross-entropy with the prediction, averaged over the batch, in the place of the labels."""
 
-    def target(self, logits: Any) -> Any:
+    def target(self, y_true: Any, logits: Any) -> Any:
         return ops.stop_gradient(ops.mean(ops.softmax(logits), 0, keepdims=True))
 
 
 class _RawPrediction(_OnLogits):
     """The same, averaged before the softmax."""
 
-    def target(self, logits: Any) -> Any:
+    def target(self, y_true: Any, logits: Any) -> Any:
         return ops.stop_gradient(ops.softmax(ops.mean(logits, 0, keepdims=True)))
 
 
 class _RawLogit(_OnLogits):
     """`-mean(logit[label])`: a negative log-likelihood that is given logits."""
 
-    def of_logits(self, y_true: Any, logits: Any) -> Any:
-        if len(y_true.shape) == len(logits.shape) and y_true.shape[-1] == 1:
-            y_true = y_true[..., 0]
-        if len(y_true.shape) < len(logits.shape):
-            y_true = ops.one_hot(ops.cast(y_true, "int32"), logits.shape[-1])
-        return -ops.sum(ops.cast(y_true, logits.dtype) * logits, -1)
+    needs_labels = True
+
+    def log_likelihoods(self, logits: Any) -> Any:
+        return logits
 
 
 # Losses that only scoring uses. The first three need no labels: Lee et al. 2020, Sec. 5.2, "Unif." and "Pred.
@@ -202,8 +207,8 @@ class ModelLoss:
             assert self._loss is not None  # noqa: S101 - for the type checker
             config = {**self._loss.get_config(), "from_logits": True, "dtype": self._loss.dtype}
             logits = _logits(self._loss, outputs) / temperature
-            no_labels = isinstance(self._loss, (_Uniform, _Prediction, _RawPrediction))
-            return type(self._loss).from_config(config)(logits if no_labels else y, logits, sample_weight)
+            y = y if getattr(self._loss, "needs_labels", True) else logits
+            return type(self._loss).from_config(config)(y, logits, sample_weight)
         if self._loss is not None:
             return self._loss(y, outputs, sample_weight)
         value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)

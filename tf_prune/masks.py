@@ -162,13 +162,13 @@ def _kth_largest(scores: Scores, count: int, among: Scores | None) -> tuple[Any,
 
     A sample says between which two values it lies, most likely; then only what lies between is ranked.
     """
-    room = {path: score.size if among is None else int(np.count_nonzero(among[path])) for path, score in scores.items()}
+    total = sum(s.size if among is None else int(np.count_nonzero(among[path])) for path, s in scores.items())
     samples = [score.reshape(-1)[::64] for score in scores.values()]
     if among is not None:
         samples = [s[among[path].reshape(-1)[::64]] for s, path in zip(samples, scores, strict=True)]
     sample = np.concatenate(samples)
     if sample.size > 1 << 14:
-        rank = sample.size * count / sum(room.values())
+        rank = sample.size * count / total
         margin = 4 * math.sqrt(sample.size)
         places = [min(max(int(sample.size - rank + m), 0), sample.size - 1) for m in (-margin, margin)]
         low, high = np.partition(sample, places)[places]
@@ -183,7 +183,7 @@ def _kth_largest(scores: Scores, count: int, among: Scores | None) -> tuple[Any,
                 above += int(np.count_nonzero(is_above))
                 between.append(values[is_between])
                 found += between[-1].size
-            if found > sum(room.values()) / 8:
+            if found > total / 8:
                 break  # ties: a copy does not pay
         else:
             if above < count <= above + found:
@@ -205,8 +205,8 @@ def _by_digits(arrays: Sequence[np.ndarray], count: int) -> tuple[Any, int]:
     for shift in range(bits - 16, -1, -16):
         histogram = np.zeros(1 << 16, np.int64)
         for array in arrays:
-            for start in range(0, array.size, _CHUNK):
-                digits = (array[start : start + _CHUNK] + 0.0).view(unsigned)  # -0.0 becomes 0.0
+            for _, values, _ in _chunks(array, None):
+                digits = (values + 0.0).view(unsigned)  # -0.0 becomes 0.0
                 if shift < bits - 16:
                     digits = digits[(digits >> (shift + 16)) == prefix]
                 histogram += np.bincount((digits >> shift).astype(np.uint16), minlength=1 << 16)

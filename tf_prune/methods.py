@@ -98,7 +98,6 @@ class Iterative:
         for step in range(1, self.num_steps + 1):
             data = batches if self.num_batches is None else batches.take(self.num_batches)
             scores = self.criterion.scores(derivatives, data, current, groups)
-
             is_last = step == self.num_steps
             now, table = self._after(step, sparsity), {}
             if isinstance(scope, Mapping):
@@ -231,7 +230,9 @@ def GraSPIt(
 
 
 def SynFlow(num_steps: int = 100, schedule: str = "exponential") -> Iterative:
-    """Iterative synaptic flow pruning: needs no data, and empties no layer while others have more than one weight.
+    """Iterative synaptic flow pruning: needs no data.
+
+    In a chain of layers it empties none while others have more than one weight; a branch beside a shortcut it may.
 
     Args:
         num_steps: How often to score and prune.
