@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from tf_prune.batches import class_balanced as class_balanced
 from tf_prune.callbacks import ForcePruning as ForcePruning
+from tf_prune.callbacks import FreezeSparsity as FreezeSparsity
 from tf_prune.callbacks import GraspPruning as GraspPruning
 from tf_prune.callbacks import IterativeSnipPruning as IterativeSnipPruning
 from tf_prune.callbacks import MagnitudePruning as MagnitudePruning
@@ -22,11 +23,17 @@ from tf_prune.criteria import Random as Random
 from tf_prune.criteria import SquaredGradient as SquaredGradient
 from tf_prune.criteria import SynapticFlow as SynapticFlow
 from tf_prune.enforcement import apply_masks as apply_masks
+from tf_prune.enforcement import mask_gradients as mask_gradients
 from tf_prune.enforcement import masks_of as masks_of
 from tf_prune.enforcement import remove_masks as remove_masks
 from tf_prune.exporting import ExportError as ExportError
 from tf_prune.exporting import ExportReport as ExportReport
 from tf_prune.exporting import export as export
+from tf_prune.gradual import GradualPruning as GradualPruning
+from tf_prune.gradual import PruneAndTrain as PruneAndTrain
+from tf_prune.layers import Masked as Masked
+from tf_prune.layers import strip as strip
+from tf_prune.layers import wrap as wrap
 from tf_prune.masks import Masks as Masks
 from tf_prune.masks import masks_from_scores as masks_from_scores
 from tf_prune.methods import FORCE as FORCE
@@ -39,6 +46,13 @@ from tf_prune.prunable import find_prunable as find_prunable
 from tf_prune.pruning import PruningReport as PruningReport
 from tf_prune.pruning import prune as prune
 from tf_prune.pruning import score as score
+from tf_prune.schedules import SCHEDULES as SCHEDULES
+from tf_prune.schedules import Constant as Constant
+from tf_prune.schedules import Cubic as Cubic
+from tf_prune.schedules import Exponential as Exponential
+from tf_prune.schedules import Harmonic as Harmonic
+from tf_prune.schedules import Linear as Linear
+from tf_prune.schedules import Schedule as Schedule
 from tf_prune.scopes import SCOPES as SCOPES
 from tf_prune.scopes import check_sparsity as check_sparsity
 from tf_prune.structures import STRUCTURES as STRUCTURES

@@ -1,6 +1,7 @@
 """When to prune in `fit`: callbacks that prune once, before the first step, and let the masks hold."""
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,17 +10,46 @@ import keras
 
 from tf_prune.batches import Batches
 from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
+from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
-from tf_prune.prunable import Filters
+from tf_prune.prunable import Filters, find_prunable
 from tf_prune.pruning import PruningReport, Scope, prune
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
 
 
-class PruneBeforeTraining(keras.callbacks.Callback):
-    """Prunes the model once, when `fit` begins; every step after it keeps the masks.
+class HoldMasks(keras.callbacks.Callback):
+    """Masks the weights again after each epoch and at the end, and tells the sparsities in the logs.
 
-    A second `fit` of the same model with the same callback object does not prune again; another model is pruned anew.
+    The masks hold in each step by themselves. Only what sets weights from outside in between, such as a callback that
+    restores the best ones, is put right here. The logs get `sparsity`, and `sparsity/<path>` for each kernel, which
+    callbacks that come later in the list, the progress bar and the history show.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Masks the weights, and writes the sparsities to the logs."""
+        masks = self._hold()
+        if logs is not None:
+            logs["sparsity"] = masks.sparsity
+            logs.update({f"sparsity/{path}": 1.0 - float(mask.mean()) for path, mask in masks.items()})
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Masks the weights."""
+        self._hold()
+
+    def _hold(self) -> Masks:
+        masks = masks_of(self.model)
+        apply_masks(self.model, masks)
+        return masks
+
+
+class PruneBeforeTraining(HoldMasks):
+    """Prunes the model once, when the first epoch of `fit` begins; every step after it keeps the masks.
+
+    By then all callbacks have done what they do at the beginning of `fit`: weights that one of them brings back from a
+    run that was interrupted bring their masks along, and are not pruned again. Nor does a second `fit` of the same
+    model prune again; another model is pruned anew.
 
     Args:
         method: As in `tf_prune.prune`.
@@ -67,11 +97,11 @@ class PruneBeforeTraining(keras.callbacks.Callback):
         self.report: PruningReport | None = None
         self._pruned: Callable[[], Any] = lambda: None
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Prunes, the first time."""
-        if not self.model.built and self.data is not None:
-            self._build()
         if self._pruned() is not self.model:
+            if not self.model.built and self.data is not None:
+                self._build()
             self.report = prune(self.model, self.method, self.sparsity, self.data, self.loss, **self.options)
             self._pruned = weakref.ref(self.model)
 
@@ -83,6 +113,54 @@ class PruneBeforeTraining(keras.callbacks.Callback):
             self.data = itertools.chain(data, self.data)
         x = next(iter(Batches(data).take(1)))[0]
         self.model(keras.tree.map_structure(lambda leaf: leaf[:1], x))
+
+
+class FreezeSparsity(HoldMasks):
+    """Keeps whatever zeros the kernels have when `fit` begins, whoever made them: for fine-tuning a sparse model.
+
+    Args:
+        filters: Which layers; see `find_prunable`.
+
+    Raises:
+        ValueError: When `fit` begins, if no weight is zero.
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    >>> model.compile("sgd", "mse")
+    >>> _ = model.layers[0].kernel.assign([[0.0, 1.0], [2.0, 3.0]])
+    >>> _ = model.fit(keras.ops.ones((4, 2)), keras.ops.ones((4, 2)), callbacks=[FreezeSparsity()], verbose=0)
+    >>> float(model.layers[0].kernel[0, 0])
+    -0.0
+    """
+
+    def __init__(self, filters: Filters = None):
+        super().__init__()
+        self.filters = filters
+        self._begins = True
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Remembers that the zeros are to be looked for, when all callbacks have brought back their weights."""
+        self._begins = True
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Attaches the masks, the first time."""
+        if not self._begins:
+            return
+        zeros = masks_of(self.model, from_zeros=True)
+        masks = {path: zeros[path] for path in find_prunable(self.model, self.filters).prunable}
+        if all(mask.all() for mask in masks.values()):
+            raise ValueError(
+                "FreezeSparsity found no weight that is zero, so there is nothing to keep. Prune the model first, or "
+                "load the weights of a pruned one before fit."
+            )
+        empty = [path for path, mask in masks.items() if not mask.any()]
+        if empty:
+            warnings.warn(
+                f"All weights of {', '.join(empty)} are zero, and stay so. If they are new, not pruned, leave their "
+                "layers out with filters=...",
+                stacklevel=2,
+            )
+        apply_masks(self.model, masks)
+        self._begins = False
 
 
 class SnipPruning(PruneBeforeTraining):
@@ -125,7 +203,7 @@ class ForcePruning(PruneBeforeTraining):
         sparsity: Fraction in [0, 1) to remove.
         data: An iterable of `(x, y)` batches, of which each step takes the next; or one batch.
         num_steps: How often to score and prune.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         num_batches: Batches for each step.
         **options: Of `PruneBeforeTraining`.
 
@@ -152,7 +230,7 @@ class IterativeSnipPruning(PruneBeforeTraining):
         sparsity: Fraction in [0, 1) to remove.
         data: An iterable of `(x, y)` batches, of which each step takes the next; or one batch.
         num_steps: How often to score and prune.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         num_batches: Batches for each step.
         **options: Of `PruneBeforeTraining`.
 
@@ -178,7 +256,7 @@ class SynflowPruning(PruneBeforeTraining):
     Args:
         sparsity: Fraction in [0, 1) to remove.
         num_steps: How often to score and prune.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         **options: Of `PruneBeforeTraining`.
 
     >>> SynflowPruning(sparsity=0.99).method.num_steps

@@ -3,39 +3,57 @@
 Keras applies `variable.constraint` inside the optimizer's step, right after the update. Here that
 constraint sets pruned weights to zero, so that every step, every checkpoint and every export has them
 exactly zero, under any optimizer.
+
+The zero of a pruned weight is -0.0, and a kept weight is never -0.0. No initializer of Keras draws -0.0, so the weights
+alone, in whatever file they were, tell the mask that they had; files stay plain Keras files.
 """
 
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from tf_prune.masks import Masks
-from tf_prune.prunable import check_model, find_kernels, weights_by_path
+from tf_prune.prunable import check_model, find_kernels
 
 
-class _MaskConstraint(keras.constraints.Constraint):
-    """Applies the user's own constraint and then zeroes the pruned weights, and their moving average."""
+class MaskConstraint(keras.constraints.Constraint):
+    """Applies the user's own constraint and then zeroes the pruned weights, and their moving average.
 
-    def __init__(self, variable: keras.Variable):
+    Args:
+        variable: The weights; their own constraint is kept inside.
+        mask: A variable that holds the mask and belongs to somebody else; `None` makes one.
+    """
+
+    def __init__(self, variable: keras.Variable, mask: keras.Variable | None = None):
         self.inner: Callable[[Any], Any] | None = variable.constraint
-        # A boolean takes a quarter of a float32's memory, and where() gives +0, never -0 or NaN.
-        self.mask = keras.Variable(np.ones(variable.shape, bool), dtype="bool", trainable=False, name="mask")
+        self.is_weight = mask is not None
+        # A boolean takes a quarter of a float32's memory, and where() gives no NaN.
+        if mask is None:
+            mask = keras.Variable(np.ones(variable.shape, bool), dtype="bool", trainable=False, name="mask")
+        self.mask = mask
+        # A variable, because a compiler drops the addition of a constant 0, which is what turns -0.0 into 0.0.
+        self._zero = keras.Variable(np.zeros(()), dtype=variable.dtype, trainable=False, name="zero")
         self.models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
     def __call__(self, value: Any) -> Any:
+        """The constrained weights, as Keras asks for them after each update."""
         # Keras passes the variable itself, whose moving average has just been updated with unmasked weights.
         for average in _moving_averages(_calling_optimizer(), value):
             average.assign(self.masked(average))
         return self.masked(value if self.inner is None else self.inner(value))
 
     def masked(self, value: Any) -> Any:
+        """-0.0 where the mask is `False`; what is kept is never -0.0."""
         value = keras.ops.convert_to_tensor(value)
-        return keras.ops.where(self.mask, value, keras.ops.zeros_like(value))
+        pruned = keras.ops.convert_to_tensor(-0.0, value.dtype)
+        return keras.ops.where(
+            keras.ops.cast(self.mask, "bool"), value + keras.ops.cast(self._zero, value.dtype), pruned
+        )
 
 
 def _calling_optimizer() -> Any:
@@ -52,11 +70,13 @@ def _calling_optimizer() -> Any:
 
 
 def _moving_averages(optimizer: Any, variable: Any) -> list[keras.Variable]:
-    """The average that `use_ema=True` keeps of this variable and writes back at the end of `fit`, if there is one."""
+    """The averages that `use_ema=True` keeps of this variable and writes back at the end of `fit`, if there are any."""
+    inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", [])]
+    found = [average for one in inner if one is not None for average in _moving_averages(one, variable)]
     if not getattr(optimizer, "use_ema", False) or not optimizer.built:
-        return []
+        return found
     averages = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True)
-    return [average for known, average in averages if known is variable and average is not None]
+    return found + [average for known, average in averages if known is variable and average is not None]
 
 
 def _fitted(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -94,7 +114,8 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     `weight <- where(mask, weight, 0)`, now and after each step of the optimizer. The user's own constraint still
     applies, before the mask. A mask that the variable already has is replaced; weights of variables that `masks`
     does not name are left alone. Works before and after `compile`, and after a first `fit`. Masks of a model that was
-    built again or loaded, whose paths Keras may have changed, are matched in model order.
+    built again or loaded, whose paths Keras may have changed, are matched in model order. Pruned weights become -0.0,
+    from which `masks_of` knows them again after saving and loading.
 
     Args:
         model: A built `keras.Model`: the one that is trained, if it has others inside. A train function that an outer
@@ -115,15 +136,14 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     is_new = False
     for path, mask in _fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
         variable = variables[path]
-        if not isinstance(variable.constraint, _MaskConstraint):
-            variable.constraint = _MaskConstraint(variable)
+        if not isinstance(variable.constraint, MaskConstraint):
+            with model.distribute_strategy.scope():  # a mask on each device that has the weights
+                variable.constraint = MaskConstraint(variable)
         constraint = variable.constraint
         is_new = is_new or model not in constraint.models
         constraint.models.add(model)
         constraint.mask.assign(mask)
-        optimizer = getattr(model, "optimizer", None)
-        averages = _moving_averages(getattr(optimizer, "inner_optimizer", optimizer), variable)
-        for value in (variable, *averages):
+        for value in (variable, *_moving_averages(getattr(model, "optimizer", None), variable)):
             value.assign(constraint.masked(value))
     if is_new:
         _retrace(model)
@@ -137,25 +157,88 @@ def remove_masks(model: keras.Model) -> None:
     """
     check_model(model)
     for variable in model.weights:
-        if isinstance(variable.constraint, _MaskConstraint):
-            variable.constraint = variable.constraint.inner
+        constraint = variable.constraint
+        if isinstance(constraint, MaskConstraint):
+            constraint.mask.assign(keras.ops.ones_like(constraint.mask))
+            for value in (variable, *_moving_averages(getattr(model, "optimizer", None), variable)):
+                value.assign(constraint.masked(value))  # 0.0: nothing says any more that it was pruned
+            if not constraint.is_weight:
+                variable.constraint = constraint.inner
     _retrace(model)
 
 
-def masks_of(model: keras.Model) -> Masks:
-    """The masks that are attached to the model; empty if there are none.
+def masks_of(model: keras.Model, from_zeros: bool = False) -> Masks:
+    """The masks of a model: attached to it, or told by its weights; empty if there are none.
+
+    A model that was saved while it had masks, in whatever format, and built or loaded again has none attached, but its
+    weights still tell them: `apply_masks(model, masks_of(model))` makes them hold again.
 
     Args:
         model: A built `keras.Model`.
+        from_zeros: Takes every weight of the kernels that is zero for pruned, whatever made it so: another toolkit, a
+            multiplication by hand, an initializer of zeros.
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    >>> masks_of(model)
+    <Masks of 0 variables: 0 of 0 weights kept>
+    >>> _ = model.layers[0].kernel.assign([[0.0, 1.0], [2.0, 3.0]])
+    >>> masks_of(model, from_zeros=True).num_kept
+    3
     """
     check_model(model)
-    return Masks(
-        {
-            path: np.asarray(variable.constraint.mask)
-            for path, variable in weights_by_path(model).items()
-            if isinstance(variable.constraint, _MaskConstraint)
-        }
-    )
+    if from_zeros:
+        return Masks({path: np.asarray(v) != 0 for path, v in find_kernels(model, ()).items()})
+    variables = find_kernels(model)
+    attached = {p: v.constraint.mask for p, v in variables.items() if isinstance(v.constraint, MaskConstraint)}
+    if attached:
+        return Masks({path: np.asarray(mask) for path, mask in attached.items()})
+    told = {path: ~_is_pruned(np.asarray(variable)) for path, variable in variables.items()}
+    if all(mask.all() for mask in told.values()):
+        return Masks({})
+    plain = find_kernels(model, ())
+    return Masks({path: mask for path, mask in told.items() if path in plain or not mask.all()})
+
+
+def _is_pruned(weights: np.ndarray) -> np.ndarray:
+    return (weights == 0) & np.signbit(weights)
+
+
+def mask_gradients(gradients: Sequence[Any], variables: Sequence[keras.Variable]) -> list[Any]:
+    """The gradients with zeros where a weight is pruned, for an update that no optimizer of Keras makes.
+
+    `gradient <- where(mask, gradient, 0)`. An optimizer of Keras applies the masks by itself. Momentum of one's own
+    must be masked like this too, and weights be zero to begin with, as `apply_masks` makes them.
+
+    Args:
+        gradients: One for each variable; `None` stays `None`.
+        variables: The `keras.Variable`s, such as `model.trainable_variables`; those without a mask are left alone.
+
+    Raises:
+        TypeError: If a variable is none of Keras, which has no mask whatever it was made from.
+        ValueError: If there are not as many gradients as variables.
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
+    >>> apply_masks(model, {next(iter(find_kernels(model))): np.array([[True], [False]])})
+    >>> np.asarray(mask_gradients([np.ones((2, 1))], model.trainable_variables)[0]).ravel()
+    array([1., 0.])
+    """
+    gradients, variables = list(gradients), list(variables)
+    if len(gradients) != len(variables):
+        raise ValueError(f"Expected a gradient for each variable, got {len(gradients)} for {len(variables)}.")
+    for variable in variables:
+        if not isinstance(variable, keras.Variable):
+            raise TypeError(
+                f"Expected variables of Keras, such as model.trainable_variables, got {type(variable).__name__}: "
+                "nothing says which mask it has."
+            )
+    return [_masked_gradient(g, getattr(v, "constraint", None)) for g, v in zip(gradients, variables, strict=True)]
+
+
+def _masked_gradient(gradient: Any, constraint: Any) -> Any:
+    if gradient is None or not isinstance(constraint, MaskConstraint):
+        return gradient
+    gradient = keras.ops.convert_to_tensor(gradient)
+    return keras.ops.where(keras.ops.cast(constraint.mask, "bool"), gradient, keras.ops.zeros_like(gradient))
 
 
 def _retrace(model: keras.Model) -> None:

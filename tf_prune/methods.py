@@ -1,6 +1,7 @@
 """The one loop score -> schedule -> mask, and the papers' methods as compositions of it."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping
 
 import keras
@@ -34,7 +35,7 @@ class Iterative:
     Args:
         criterion: A criterion; it is scored at the masked weights.
         num_steps: T, at least 1.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         revive: Whether a weight that was pruned at one step can come back at a later one.
         num_batches: Batches for each step, the next ones of the data, starting over at its end; `None` takes all
             of the data at each step.
@@ -59,7 +60,9 @@ class Iterative:
             raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {self.schedule!r}.")
         if self.num_batches is not None and self.num_batches < 1:
             raise ValueError(f"num_batches must be at least 1, or None for all batches; got {self.num_batches}.")
-        SCHEDULES[self.schedule](0.0, self.num_steps)  # checks num_steps
+        steps = self.num_steps
+        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
+            raise ValueError(f"num_steps must be an integer of at least 1, got {steps!r}.")
         object.__setattr__(self, "name", self.name or type(self.criterion).__name__)
 
     def masks(
@@ -74,6 +77,9 @@ class Iterative:
     ) -> tuple[Masks, Masks]:
         """The final masks, of the weights and of the groups; the model is not changed.
 
+        Nothing is scored where just as many are left as are to be kept: a model that was pruned to this sparsity keeps
+        its masks.
+
         Args:
             derivatives: Of the model to prune.
             batches: The data, for a criterion that needs it.
@@ -83,6 +89,11 @@ class Iterative:
             among: Masks of the weights that may be kept at all.
             verbose: 0 is silent, 1 shows a progress bar if there is more than one step, or more than one batch.
         """
+        shapes = {path: group.shape for path, group in groups.items()}
+        if among is not None:
+            left = _just_enough(groups, among, sparsity, scope, shapes)
+            if left is not None:
+                return _spread(groups, left, among), left
         progress = None
         if self.num_steps > 1:
             progress = keras.utils.Progbar(
@@ -90,7 +101,6 @@ class Iterative:
             )
         elif verbose and self.num_batches is None:
             batches.progress = self.name
-        shapes = {path: group.shape for path, group in groups.items()}
         current = among
         if current is None and self.num_steps > 1:
             # All ones, not None, so that the first step is traced like the others: once for all.
@@ -124,7 +134,7 @@ class Iterative:
         return current, kept
 
     def _after(self, step: int, target: float) -> float:
-        return SCHEDULES[self.schedule](target, self.num_steps)(step)
+        return SCHEDULES[self.schedule](target)(step / self.num_steps)
 
 
 def _candidates(
@@ -160,6 +170,23 @@ def _candidates(
     return loose, None if revive else strict
 
 
+def _just_enough(
+    groups: Groups,
+    masks: Masks,
+    sparsity: float,
+    scope: str | Mapping[str, float],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Masks | None:
+    """The groups that are left, if they are those to be kept whatever their scores."""
+    left = {path: group.any(masks[path]) for path, group in groups.items()}
+    same = {path: np.zeros(mask.shape, np.float32) for path, mask in left.items()}
+    table = scope if isinstance(scope, Mapping) else {}
+    sparsities = {path: table.get(path, sparsity) for path in groups}
+    allowed, first = _candidates(groups, same, masks, sparsities, is_last=True, revive=False)
+    kept = masks_from_scores(same, sparsity, scope, allowed, first, shapes=shapes)
+    return kept if all(np.array_equal(kept[path], left[path]) for path in groups) else None
+
+
 def _spread(groups: Groups, kept: Masks, among: Masks | None) -> Masks:
     masks = {path: group.spread(kept[path]) for path, group in groups.items()}
     return Masks(masks if among is None else {path: mask & among[path] for path, mask in masks.items()})
@@ -175,7 +202,7 @@ def FORCE(
 
     Args:
         num_steps: T; the paper uses 300 on CIFAR-10 and 60 elsewhere.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         num_batches: Fresh batches for each step; `None` takes all of the data each time.
         training: Whether batch normalization uses the batch's statistics while scoring.
 
@@ -196,7 +223,7 @@ def IterativeSNIP(
 
     Args:
         num_steps: T.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         num_batches: Fresh batches for each step; `None` takes all of the data each time.
         training: Whether batch normalization uses the batch's statistics while scoring.
 
@@ -217,7 +244,7 @@ def GraSPIt(
 
     Args:
         num_steps: T.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         num_batches: Fresh batches for each step; `None` takes all of the data each time.
         training: Whether batch normalization uses the batch's statistics while scoring.
 
@@ -236,7 +263,7 @@ def SynFlow(num_steps: int = 100, schedule: str = "exponential") -> Iterative:
 
     Args:
         num_steps: How often to score and prune.
-        schedule: `"exponential"` or `"linear"`.
+        schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
 
     >>> SynFlow().num_steps
     100

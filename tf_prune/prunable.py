@@ -114,6 +114,8 @@ def _why_not(layer: keras.Layer | None, variable: keras.Variable, include: Seque
     if kind is None or (kind == "bias" and "quirk_biases" not in include):
         if layer is None:
             return "no layer of the model owns it"
+        if not variable.trainable and variable.name.endswith("_mask"):
+            return "a mask"
         if len(variable.shape) < 2 or variable.name == "bias":
             return "a bias, scale, statistic or state: not a connection between units"
         return f"no known kernel of a {type(layer).__name__} layer"
@@ -181,6 +183,8 @@ def _last_kernels(model: keras.Model, kernels: Mapping[int, Any]) -> set[int]:
 
 def _last_in(layer: keras.Layer, kernels: Mapping[int, Any]) -> set[int]:
     """Ids of the kernels of one layer, maybe a composite one, that make its outputs."""
+    while isinstance(layer, layers.Wrapper) and not isinstance(layer, layers.Bidirectional):
+        layer = layer.layer
     own = [id(v) for v in layer.variables if id(v) in kernels]
     if isinstance(layer, keras.Model):
         return _last_kernels(layer, dict.fromkeys(own))

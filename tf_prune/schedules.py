@@ -1,69 +1,114 @@
-"""How the sparsity grows over the steps of an iterative pruning: step -> sparsity.
+"""How the sparsity grows while a model is pruned: progress -> sparsity.
 
-Frozen dataclasses, validated when they are made. Step t of T gives the sparsity after that step;
-the last step gives the target itself, so that the final count is exact.
+Frozen dataclasses, validated when they are made. Progress is the fraction of the way, from 0 to 1; at 1 it is the
+target itself, so that the final count is exact.
 """
 
+import abc
 import dataclasses
-import numbers
 
 from tf_prune.scopes import check_sparsity
 
 
 @dataclasses.dataclass(frozen=True)
-class _Schedule:
-    sparsity: float
-    num_steps: int
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, numbers.Integral) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {self.num_steps!r}.")
-
-    def _progress(self, step: int) -> float:
-        if not 1 <= step <= self.num_steps:
-            raise ValueError(f"step must be in [1, {self.num_steps}], got {step}.")
-        return step / self.num_steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear(_Schedule):
-    """The same number of weights is removed at each step: `sparsity_t = (t / T) * sparsity`.
+class Schedule(abc.ABC):
+    """From one sparsity to another.
 
     Args:
         sparsity: The target, in [0, 1).
-        num_steps: T, at least 1.
+        initial_sparsity: Where it starts, at most the target.
+    """
 
-    >>> [Linear(0.9, 3)(step) for step in (1, 2, 3)]
+    sparsity: float
+    initial_sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        if not 0 <= check_sparsity(self.initial_sparsity) <= self.sparsity:
+            raise ValueError(
+                f"A schedule starts at most at its target, got initial_sparsity={self.initial_sparsity!r} and "
+                f"sparsity={self.sparsity!r}."
+            )
+
+    def __call__(self, progress: float) -> float:
+        """The sparsity at this fraction of the way, in [0, 1]."""
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must be in [0, 1], got {progress!r}.")
+        return self.sparsity if progress == 1 else self._between(progress)
+
+    @abc.abstractmethod
+    def _between(self, progress: float) -> float: ...
+
+
+class Constant(Schedule):
+    """The target from the start: `sparsity_t = sparsity`.
+
+    >>> Constant(0.9)(0.0)
+    0.9
+    """
+
+    def _between(self, progress: float) -> float:
+        return self.sparsity
+
+
+class Linear(Schedule):
+    """The same number of weights is removed at each step: `sparsity_t = s0 + (sparsity - s0) * t`.
+
+    >>> [round(Linear(0.9)(step / 3), 6) for step in (1, 2, 3)]
     [0.3, 0.6, 0.9]
 
     Source: de Jorge et al. 2020, Eq. 8.
     """
 
-    def __call__(self, step: int) -> float:
-        """The sparsity after this step, counted from 1."""
-        progress = self._progress(step)
-        return self.sparsity if step == self.num_steps else progress * self.sparsity
+    def _between(self, progress: float) -> float:
+        return self.initial_sparsity + (self.sparsity - self.initial_sparsity) * progress
 
 
-@dataclasses.dataclass(frozen=True)
-class Exponential(_Schedule):
-    """The same fraction of what is left is removed at each step: `density_t = density ** (t / T)`.
+class Cubic(Schedule):
+    """Fast at first, while there is much to spare: `sparsity_t = sparsity + (s0 - sparsity) * (1 - t)**3`.
 
-    Args:
-        sparsity: The target, in [0, 1).
-        num_steps: T, at least 1.
+    >>> round(Cubic(0.8)(0.5), 6)
+    0.7
 
-    >>> [round(Exponential(0.99, 2)(step), 6) for step in (1, 2)]
+    Source: Zhu and Gupta 2017, Eq. 1; the `PolynomialDecay` of TensorFlow's toolkit with its power of 3.
+    """
+
+    def _between(self, progress: float) -> float:
+        return self.sparsity + (self.initial_sparsity - self.sparsity) * (1 - progress) ** 3
+
+
+class Exponential(Schedule):
+    """The same fraction of what is left is removed at each step: `density_t = d0**(1 - t) * density**t`.
+
+    >>> [round(Exponential(0.99)(step / 2), 6) for step in (1, 2)]
     [0.9, 0.99]
 
     Source: de Jorge et al. 2020, Eq. 9, with both sides divided by the number of weights.
     """
 
-    def __call__(self, step: int) -> float:
-        """The sparsity after this step, counted from 1."""
-        progress = self._progress(step)
-        return self.sparsity if step == self.num_steps else 1.0 - (1.0 - self.sparsity) ** progress
+    def _between(self, progress: float) -> float:
+        return 1.0 - (1.0 - self.initial_sparsity) ** (1 - progress) * (1.0 - self.sparsity) ** progress
 
 
-SCHEDULES: dict[str, type[Linear] | type[Exponential]] = {"linear": Linear, "exponential": Exponential}
+class Harmonic(Schedule):
+    """The inverse of the density grows evenly: `1 / density_t = (1 - t) / d0 + t / density`.
+
+    With n rounds, round i removes the fraction `p / (i * p + n * (1 - p))` of what is left, if it starts at 0.
+
+    >>> [round(Harmonic(0.5)(i / 2), 6) for i in (1, 2)]
+    [0.333333, 0.5]
+
+    Source: the code of Lubana and Dick 2021; the paper gives no formula.
+    """
+
+    def _between(self, progress: float) -> float:
+        return 1.0 - 1.0 / ((1 - progress) / (1.0 - self.initial_sparsity) + progress / (1.0 - self.sparsity))
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cubic": Cubic,
+    "exponential": Exponential,
+    "harmonic": Harmonic,
+}

@@ -131,9 +131,13 @@ def kept_in_each(
     return {path: floors[path] + more for path, more in zip(sizes, above, strict=True)}
 
 
-def too_few(sparsity: float, count: int, size: int, where: str, room: int) -> ValueError:
+class AlreadySparserError(ValueError):
+    """More are to be kept than may be."""
+
+
+def too_few(sparsity: float, count: int, size: int, where: str, room: int) -> AlreadySparserError:
     """The error where more are to be kept than may be."""
-    return ValueError(
+    return AlreadySparserError(
         f"Sparsity {sparsity:g} keeps {count:,} of {size:,} in {where}, but only {room:,} are not yet pruned and "
         "allowed by the structure. Ask for a higher sparsity, or call remove_masks(model) first to let pruned weights "
         "come back."

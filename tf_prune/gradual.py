@@ -1,0 +1,204 @@
+"""Pruning while `fit` trains, by a schedule over the run or in rounds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tf_prune.callbacks import HoldMasks
+from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.methods import Method, as_iterative
+from tf_prune.prunable import Filters, find_prunable
+from tf_prune.pruning import PruningReport, Scope, prune
+from tf_prune.schedules import Harmonic, Schedule
+from tf_prune.scopes import AlreadySparserError
+from tf_prune.structures import Structure
+
+
+class GradualPruning(HoldMasks):
+    """Prunes further and further while the model trains; what is pruned stays so.
+
+    After step `begin`, and every `frequency` steps from there to `end`, the model is pruned to
+    `schedule((step - begin) / (end - begin))`, and at `end` to the target exactly. Steps are batches of the run,
+    counted from its epoch 0, so that a run that was interrupted goes on where it was.
+
+    Args:
+        criterion: As `method` in `tf_prune.prune`.
+        schedule: An object such as `Cubic(0.9)`, which has the target.
+        begin: A step (an integer), or a fraction of the run (a float in [0, 1]).
+        end: The same. What is left of the run after it trains the final network.
+        frequency: How many steps between two prunings, or which fraction of the run.
+        data: An `(x, y)` batch or an iterable of them, for criteria that need examples.
+        loss: Defaults to the compiled loss.
+        scope: As in `tf_prune.prune`.
+        structure: As in `tf_prune.prune`.
+        filters: Which layers; see `find_prunable`.
+        include: What is prunable only on request; see `find_prunable`.
+        dropout: Whether dropout and noise layers act while scoring.
+        verbose: As in `tf_prune.prune`, at each pruning.
+
+    Attributes:
+        report: The `PruningReport` of the last pruning; `None` before the first.
+
+    Raises:
+        ValueError: When `fit` begins, if the schedule would not come to its end within the run.
+        RuntimeError: When `fit` ends, if it was stopped before the schedule's end.
+
+    >>> from tf_prune.schedules import Cubic
+    >>> GradualPruning("magnitude", Cubic(0.9), begin=0.1, end=0.5, frequency=100).schedule.sparsity
+    0.9
+
+    Source: Zhu and Gupta 2017, with magnitudes and a cubic schedule. Deviation: there a pruned weight that was trained
+    further in the shadow of its mask can come back.
+    """
+
+    def __init__(
+        self,
+        criterion: Method,
+        schedule: Schedule,
+        begin: float = 0.0,
+        end: float = 0.75,
+        frequency: float = 0.01,
+        data: Any = None,
+        loss: Any = None,
+        *,
+        scope: Scope = "global",
+        structure: str | Structure | None = None,
+        filters: Filters = None,
+        include: Sequence[str] = (),
+        dropout: bool = False,
+        verbose: int = 0,
+    ):
+        super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(
+                f"schedule must be an object that has the target, such as tf_prune.Cubic(0.9); got {schedule!r}."
+            )
+        self.method = as_iterative(criterion)
+        self.schedule = schedule
+        self.begin, self.end, self.frequency = begin, end, frequency
+        self.data = data
+        self.loss = loss
+        self.options: dict[str, Any] = {
+            "scope": scope,
+            "structure": structure,
+            "filters": filters,
+            "include": include,
+            "dropout": dropout,
+            "verbose": verbose,
+        }
+        self.report: PruningReport | None = None
+        self._times: list[int] = []
+        self._epoch_start = 0
+        self._steps: int = 0
+        self._last: int | None = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Lays the schedule over the run; raises if it does not fit."""
+        steps, epochs = self.params.get("steps"), self.params["epochs"]
+        if steps is None:
+            raise ValueError(
+                "fit does not know how many steps an epoch has, so the schedule cannot be laid over the run. Pass "
+                "steps_per_epoch=..., or data that knows its length, such as a tf.data.Dataset with assert_cardinality."
+            )
+        self._steps, self._last = int(steps), None
+        self._times = self._times_in(self._steps, epochs)
+
+    def _times_in(self, steps: int, epochs: int) -> list[int]:
+        """After which steps to prune, in a run of so many steps an epoch."""
+        total = steps * epochs
+        begin, end = (_as_steps(name, getattr(self, name), total) for name in ("begin", "end"))
+        frequency = max(1, _as_steps("frequency", self.frequency, total))
+        if not begin <= end <= total:
+            raise ValueError(
+                f"The schedule goes from step {begin} (begin={self.begin!r}) to step {end} (end={self.end!r}), but the "
+                f"run has {total} steps: {epochs} epochs of {steps}. It would "
+                f"{'never begin' if begin > total else 'not come to its end'}. Give begin <= end as fractions of the "
+                "run (floats), or as steps (integers) within it, or train longer."
+            )
+        return [*range(begin, end, frequency), end]
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Prunes if it is time; attaches masks from the start, so that the logs of all epochs have the same names."""
+        self._epoch_start = epoch * self._steps
+        if self._last is None:
+            variables = find_prunable(self.model, self.options["filters"], self.options["include"]).prunable
+            masks = masks_of(self.model)
+            apply_masks(self.model, {p: masks.get(p, np.ones(v.shape, bool)) for p, v in variables.items()})
+        self._prune_after(self._epoch_start)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Prunes if it is time."""
+        self._prune_after(self._epoch_start + batch + 1)
+
+    def _prune_after(self, step: int) -> None:
+        time = max((time for time in self._times if time <= step), default=None)
+        if time is None or time == self._last:
+            return
+        begin, end = self._times[0], self._times[-1]
+        progress = (time - begin) / (end - begin) if time < end else 1.0
+        try:
+            self.report = prune(self.model, self.method, self.schedule(progress), self.data, self.loss, **self.options)
+        except AlreadySparserError:  # a model that was pruned before; the schedule will catch up
+            if progress == 1:
+                raise
+        self._last = time
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Masks the weights; raises if the schedule did not come to its end."""
+        super().on_train_end(logs)
+        if self._last is not None and self._last < self._times[-1]:
+            raise RuntimeError(
+                f"Training stopped before step {self._times[-1]}, where the schedule reaches a sparsity of "
+                f"{self.schedule.sparsity:g}: the model was last pruned after step {self._last} and has "
+                f"{masks_of(self.model).sparsity:.4g}. It keeps its weights and masks. Train to the end, let the "
+                "schedule end earlier, or call tf_prune.prune(model, ...) and fine-tune."
+            )
+
+
+class PruneAndTrain(GradualPruning):
+    """Trains an epoch and then prunes, `rounds` times; the rest of the epochs train the final network.
+
+    After round i of n the density is that of `Harmonic`: the first round removes the most.
+
+    Args:
+        criterion: As `method` in `tf_prune.prune`.
+        sparsity: The target, in [0, 1).
+        rounds: How many, at least 1 and at most the epochs of `fit`.
+        data: An `(x, y)` batch or an iterable of them, for criteria that need examples.
+        loss: Defaults to the compiled loss.
+        **options: Of `GradualPruning`.
+
+    >>> PruneAndTrain("loss_preservation", 0.75, rounds=5, structure="output_channels").rounds
+    5
+
+    Source: Lubana and Dick 2021, Sec. 4, with 1, 5 and 25 rounds. Deviation: their code makes a new optimizer for each
+    round; here momentum goes on.
+    """
+
+    def __init__(
+        self, criterion: Method, sparsity: float, rounds: int, data: Any = None, loss: Any = None, **options: Any
+    ):
+        super().__init__(criterion, Harmonic(sparsity), data=data, loss=loss, **options)
+        if isinstance(rounds, bool) or not isinstance(rounds, (int, np.integer)) or rounds < 1:
+            raise ValueError(f"rounds must be an integer of at least 1, got {rounds!r}.")
+        self.rounds = int(rounds)
+
+    def _times_in(self, steps: int, epochs: int) -> list[int]:
+        if self.rounds > epochs:
+            raise ValueError(
+                f"Each of the {self.rounds} rounds takes an epoch, but fit runs {epochs}. Ask for fewer rounds, or for "
+                "more epochs."
+            )
+        return [i * steps for i in range(self.rounds + 1)]
+
+
+def _as_steps(name: str, value: Any, total: int) -> int:
+    """A step, or a fraction of all of them, in steps."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0:
+        return int(value)
+    if isinstance(value, (float, np.floating)) and 0 <= value <= 1:
+        return round(float(value) * total)
+    raise ValueError(
+        f"{name} must be steps (an integer >= 0) or a fraction of the run (a float in [0, 1]); got {value!r}."
+    )
