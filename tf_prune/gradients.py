@@ -62,6 +62,10 @@ class Derivatives:
         # Gradients that pass through float16 would underflow, as in training; exact, being a power of 2.
         halves = any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
         self._scale = 128.0 if halves else 1.0
+        self._strategy = model.distribute_strategy
+        num_replicas = self._strategy.num_replicas_in_sync
+        self._num_devices = len(self._strategy.extended.worker_devices) if num_replicas > 1 else 1  # of this worker
+        self._is_multi_worker = num_replicas > self._num_devices
 
     def weights(self) -> Arrays:
         """The weights as they are, in float32, read-only: not a copy where the variable is of that type."""
@@ -116,11 +120,13 @@ class Derivatives:
         product = self._hessian_product_function(temperature, training, times_weights)
         stream = iter(batches)
         start = list(itertools.islice(stream, 2))
-        if len(start) == 1:
+        if len(start) == 1 and not self._is_multi_worker:
             return self._mean(product, start, masks, None)
-        _check_read_again(batches, "The Hessian-gradient product reads the data twice")
+        if len(start) > 1:
+            _check_read_again(batches, "The Hessian-gradient product reads the data twice")
         gradient = self._mean(self._gradient_function(temperature, training), itertools.chain(start, stream), masks)
-        return self._mean(product, batches, masks, [tf.constant(g) for g in gradient.values()])
+        again = start if len(start) == 1 else batches
+        return self._mean(product, again, masks, [tf.constant(g) for g in gradient.values()])
 
     def hessian_diagonal(
         self,
@@ -172,10 +178,10 @@ class Derivatives:
             example: An input batch that gives the shape where the model does not (subclassed, or of any size).
         """
         ones, mask_tensors = self._ones(example), self._mask_tensors(masks)
-        gradients = self._named(self._flow_function("float32")(ones, mask_tensors))
+        gradients = self._named(self._over_workers(self._flow_function("float32")(ones, mask_tensors), 1))
         # Too small a flow has lost its digits before it is zero. NaN compares as False.
         if not 1e-20 < np.max([g.max() for g in gradients.values()]) < np.inf:
-            gradients = self._named(self._flow_function("float64")(ones, mask_tensors))
+            gradients = self._named(self._over_workers(self._flow_function("float64")(ones, mask_tensors), 1))
         return gradients
 
     def sees_its_input(self, masks: MaskMapping, example: Any) -> bool:
@@ -283,7 +289,9 @@ class Derivatives:
     def _loss_value(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
         """The loss times the temperature, which keeps its gradient in range, and times the scale of float16."""
         with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
-            return self._loss.value(*batch, temperature, training) * (self._scale * temperature)
+            value = self._loss.value(*batch, temperature, training) * (self._scale * temperature)
+        # Keras divides a mean by the number of replicas, whose gradients it will add up; here each has its own batch.
+        return value * float(tf.distribute.get_strategy().num_replicas_in_sync if self._loss.is_mean else 1)
 
     # -- what is checked, and what is averaged ---------------------------------------------------
 
@@ -304,28 +312,63 @@ class Derivatives:
     def _mean(
         self, function: Callable[..., Tensors], batches: Iterable[Batch], masks: MaskMapping | None, *rest: Any
     ) -> Arrays:
-        """Averages what `function` gives for each batch over all examples."""
+        """Averages what `function` gives for each batch over all examples, those of other workers included.
+
+        Each device of this worker takes the next batch, and the average is taken in their order: it is that of one
+        device, since no batch is cut. Workers may have different numbers of batches.
+        """
         mask_tensors = self._mask_tensors(masks)
         mean: Tensors = []
         count = 0
-        for batch in batches:
-            tensors = keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batch)
-            size = keras.tree.flatten(tensors)[0].shape[0]
-            value = self._evaluate(function, tensors, mask_tensors, *rest)
-            count += size
-            for i, v in enumerate(value if mean else ()):
-                mean[i] = mean[i] + (v - mean[i]) * (size / count)  # one by one: the old ones go as the new ones come
-            mean = mean or list(value)
-        return self._named(mean)
+        stream = iter(batches)
+        while dealt := list(itertools.islice(stream, self._num_devices)):
+            for batch, value in zip(dealt, self._evaluate(function, dealt, mask_tensors, *rest), strict=True):
+                size = keras.tree.flatten(batch)[0].shape[0]
+                count += size
+                for i, v in enumerate(value if mean else ()):
+                    mean[i] = mean[i] + (v - mean[i]) * (size / count)  # the old ones go as the new ones come
+                mean = mean or list(value)
+        return self._named(self._over_workers(mean, count))
 
-    def _evaluate(self, function: Callable[..., Tensors], batch: Batch, *rest: Any) -> Tensors:
+    def _over_workers(self, mean: Tensors, count: int) -> Tensors:
+        """The mean over the examples of all workers, the same on each of them bit for bit."""
+        if not self._is_multi_worker:
+            return mean
+
+        def all_reduce(values: Tensors) -> Tensors:
+            context = tf.distribute.get_replica_context()
+            is_first = context.replica_id_in_sync_group % self._num_devices == 0
+            own = [tf.where(is_first, value, tf.zeros_like(value)) for value in values]
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+
+        weighted = [tf.constant(float(count)), *(value * float(count) for value in mean)]
+        reduced = tf.function(lambda values: self._strategy.run(all_reduce, (values,)))(weighted)
+        total, *sums = [self._strategy.experimental_local_results(value)[0] for value in reduced]
+        return [value / total for value in sums]
+
+    def _run(self, function: Callable[..., Tensors], batches: list[Batch], *rest: Any) -> list[Tensors]:
+        """What `function` gives for each batch: one after the other, or each on a device of its own."""
+        tensors = [
+            keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batch)
+            for batch in batches
+        ]
+        if len(batches) == 1 or len(batches) < self._num_devices:
+            return [function(batch, *rest) for batch in tensors]
+        placed = self._strategy.experimental_distribute_values_from_function(
+            lambda context: tensors[context.replica_id_in_sync_group % self._num_devices]
+        )
+        values = self._strategy.run(function, (placed, *rest))
+        of_each = [self._strategy.experimental_local_results(value) for value in values]
+        return [list(value) for value in zip(*of_each, strict=True)]
+
+    def _evaluate(self, function: Callable[..., Tensors], batches: list[Batch], *rest: Any) -> list[Tensors]:
         try:
             with contextlib.nullcontext() if self._dropout else noise_off(self._model):
-                value = function(batch, *rest)
+                values = self._run(function, batches, *rest)
         except (tf.errors.OpError, ValueError, TypeError) as error:
             if self._problem:
                 raise ValueError(self._problem) from None
-            x, y, _ = batch
+            x, y, _ = batches[0]
             lines = [line.strip() for line in str(error).splitlines() if line.strip() and "{{node" not in line]
             raise ValueError(
                 f"The loss cannot be computed on this batch: x is {_describe(x)}, y is {_describe(y)}, the loss is "
@@ -338,7 +381,7 @@ class Derivatives:
                 f"The loss gives no gradient to {', '.join(self._disconnected)}, so it cannot score them. Leave their "
                 "layers out with filters=..., or use a criterion without data."
             )
-        return value
+        return values
 
     def _named(self, tensors: Tensors) -> Arrays:
         """As read-only arrays on the tensors' own memory."""

@@ -197,6 +197,11 @@ class ModelLoss:
         own = type(self._model).compute_loss is not keras.Model.compute_loss
         return "the model's own compute_loss" if own else repr(self._model.loss)
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it averages over examples, as Keras's losses do unless asked otherwise."""
+        return getattr(self._loss, "reduction", "mean") not in (None, "none", "sum")
+
     def value(self, x: Any, y: Any, sample_weight: Any, temperature: float, training: bool) -> Any:
         """The loss function's value alone, without regularizers; logits are divided by the temperature."""
         outputs = self._model(x, training=training)
