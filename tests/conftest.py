@@ -6,7 +6,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import keras
 import pytest
+import tensorflow as tf
 from absl import flags
+
+# Two devices for the tests of tf.distribute; all others run on the first. To be said before TensorFlow starts.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("tests")

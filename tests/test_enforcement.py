@@ -7,7 +7,16 @@ import tensorflow as tf
 import tf_prune
 from tests import helpers
 
+# Every optimizer of Keras, as it comes.
 OPTIMIZERS = {
+    name.lower(): value
+    for name, value in vars(keras.optimizers).items()
+    if isinstance(value, type)
+    and issubclass(value, keras.optimizers.Optimizer)
+    and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+}
+assert len(OPTIMIZERS) >= 11
+OPTIMIZERS |= {
     "sgd_momentum_decay": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adam": lambda: keras.optimizers.Adam(0.01),
     "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
@@ -15,8 +24,13 @@ OPTIMIZERS = {
     "loss_scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
     "ema": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.9),
     "ema_overwrite": lambda: keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True, ema_overwrite_frequency=2),
+    "ema_of_each": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_overwrite_frequency=1),
     "loss_scaled_ema": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01, use_ema=True)),
 }
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    OPTIMIZERS["multi"] = lambda: keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {".*head.*": keras.optimizers.Adam(0.1, use_ema=True)})
+    )
 
 
 class Watch(keras.callbacks.Callback):
@@ -29,7 +43,7 @@ class Watch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         masks = tf_prune.masks_of(self.model)
         assert masks.num_weights
-        helpers.assert_masks_hold(self.model, masks)
+        helpers.assert_pruned_is_zero(self.model, masks)
         self.steps += 1
 
 
@@ -53,9 +67,9 @@ def test_pruned_weights_are_zero_after_every_step_and_after_fit(optimizer):
     fit(model, callbacks=[watch])
     assert watch.steps == 6
     assert tf_prune.masks_of(model) == before
-    helpers.assert_masks_hold(model, before)
+    helpers.assert_pruned_is_zero(model, before)
     for old, (path, variable) in zip(kept, tf_prune.find_prunable(model).prunable.items(), strict=True):
-        assert (np.asarray(variable)[before[path]] != old).all(), "kept weights must not be frozen"
+        assert (np.asarray(variable)[before[path]] != old).mean() > 0.5, "kept weights must not be frozen"
 
 
 @pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 3}], ids=str)
@@ -155,18 +169,147 @@ def test_weights_set_from_outside_are_masked_from_the_next_step_on():
     helpers.assert_masks_hold(model, masks)
 
 
-def test_a_saved_and_rebuilt_model_takes_its_masks_from_a_file(tmp_path):
+def test_loaded_weights_are_masked_from_the_next_step_on(tmp_path):
     model = compiled("mlp", "adam")
+    model.optimizer.build(model.trainable_variables)
+    model.save_weights(tmp_path / "dense.weights.h5")
     masks = tf_prune.prune(model, "magnitude", 0.7).masks
     fit(model)
-    model.save(tmp_path / "model.keras")
-    masks.save(tmp_path / "masks.npz")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    tf_prune.apply_masks(loaded, tf_prune.Masks.load(tmp_path / "masks.npz"))
-    again = tf_prune.masks_of(loaded)
-    assert all(np.array_equal(a, b) for a, b in zip(again.values(), masks.values(), strict=True))
-    fit(loaded)
-    helpers.assert_masks_hold(loaded, again)
+    model.load_weights(tmp_path / "dense.weights.h5")
+    fit(model, callbacks=[Watch()])
+    helpers.assert_masks_hold(model, masks)
+
+
+def test_a_swap_of_averages_at_each_validation_keeps_the_masks():
+    model = compiled("mlp", OPTIMIZERS["ema"]())
+    masks = tf_prune.prune(model, "magnitude", 0.7).masks
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    fit(model, callbacks=[Watch(), swap], validation_data=helpers.batch(seed=1))
+    helpers.assert_masks_hold(model, masks)
+
+
+class OwnStep(keras.Sequential):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_masks_hold_in_a_train_step_of_ones_own():
+    model = OwnStep(helpers.mlp().layers)
+    model.build((None, 6, 6, 1))
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    masks = tf_prune.prune(model, "snip", 0.7, helpers.batch()).masks
+    fit(model, callbacks=[Watch()])
+    helpers.assert_masks_hold(model, masks)
+
+
+def test_layers_that_are_frozen_and_trained_again_keep_their_masks():
+    model = compiled("residual", "adam")
+    masks = tf_prune.prune(model, "magnitude", 0.7).masks
+    branch = model.get_layer("branch")
+    branch.trainable = False
+    model.compile("adam", model.loss)
+    before = np.asarray(branch.kernel).copy()
+    fit(model)
+    np.testing.assert_array_equal(branch.kernel, before)
+    branch.trainable = True
+    model.compile("adam", model.loss)
+    fit(model, callbacks=[Watch()])
+    assert tf_prune.masks_of(model) == masks
+
+
+def test_regularized_and_shared_layers_keep_their_masks():
+    inputs = keras.Input((6, 6, 1))
+    shared = keras.layers.Dense(16, "relu", kernel_regularizer="l2", name="shared")
+    left, right = (shared(keras.layers.Flatten()(x)) for x in (inputs, keras.layers.ReLU()(inputs)))
+    model = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.Concatenate()([left, right])))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    masks = tf_prune.prune(model, "snip", 0.8, helpers.batch()).masks
+    fit(model, callbacks=[Watch()])
+    helpers.assert_masks_hold(model, masks)
+
+
+def test_masked_gradients_keep_the_masks_in_an_update_without_an_optimizer():
+    model = compiled("mlp", "sgd")
+    masks = tf_prune.prune(model, "magnitude", 0.7).masks
+    x, y = helpers.batch()
+    for _ in range(3):
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x, y, model(x, training=True))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        for gradient, variable in zip(
+            tf_prune.mask_gradients(gradients, model.trainable_variables), model.trainable_variables, strict=True
+        ):
+            variable.assign_sub(0.1 * gradient)
+    helpers.assert_masks_hold(model, masks)
+    assert tf_prune.mask_gradients([None] * 4, model.trainable_variables) == [None] * 4
+    with pytest.raises(ValueError, match="got 1 for 4"):
+        tf_prune.mask_gradients([None], model.trainable_variables)
+    with pytest.raises(TypeError, match="variables of Keras"):
+        tf_prune.mask_gradients([None], [tf.Variable(1.0)])
+
+
+def saved_as_keras(model, folder):
+    model.save(folder / "model.keras")
+    return keras.models.load_model(folder / "model.keras")
+
+
+def saved_as_h5(model, folder):
+    model.save_weights(folder / "model.weights.h5")
+    again = compiled("mlp", "adam")
+    again.optimizer.build(again.trainable_variables)
+    again.load_weights(folder / "model.weights.h5")
+    return again
+
+
+def saved_as_checkpoint(model, folder):
+    path = tf.train.Checkpoint(model=model).write(str(folder / "model"))
+    again = compiled("mlp", "adam")
+    tf.train.Checkpoint(model=again).read(path).expect_partial()
+    return again
+
+
+def copied_by_hand(model, folder):
+    again = compiled("mlp", "adam")
+    again.set_weights(model.get_weights())
+    return again
+
+
+@pytest.mark.parametrize("way", [saved_as_keras, saved_as_h5, saved_as_checkpoint, copied_by_hand])
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=str)
+def test_the_weights_alone_tell_the_masks_however_they_were_saved(way, options, tmp_path):
+    model = compiled("mlp", keras.optimizers.Adam(0.01), **options)
+    hidden = model.get_layer("hidden").kernel
+    hidden.assign(keras.ops.where(hidden > 0, hidden, 0.0))  # zeros that are not pruned, and stay in part zero
+    hidden.constraint = keras.constraints.NonNeg()  # gives -0.0 for what was negative
+    masks = tf_prune.prune(model, "random", 0.5).masks
+    fit(model)
+    assert (np.asarray(hidden)[masks[hidden.path]] == 0).any()
+    again = way(model, tmp_path)
+    assert all(np.array_equal(a, b) for a, b in zip(tf_prune.masks_of(again).values(), masks.values(), strict=True))
+    tf_prune.apply_masks(again, tf_prune.masks_of(again))
+    fit(again, callbacks=[Watch()])
+
+
+@pytest.mark.parametrize("initializer", ["zeros", "identity", "ones"])
+def test_zeros_of_an_initializer_are_no_masks(initializer):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(5, kernel_initializer=initializer)])
+    assert not tf_prune.masks_of(model)
+    zeros = tf_prune.masks_of(model, from_zeros=True)
+    assert zeros.num_kept == {"zeros": 0, "identity": 5, "ones": 25}[initializer]
+
+
+def test_removed_masks_are_told_no_more():
+    model = compiled("mlp", OPTIMIZERS["ema"]())
+    fit(model)
+    tf_prune.prune(model, "magnitude", 0.7)
+    tf_prune.remove_masks(model)
+    assert not tf_prune.masks_of(model)
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    assert not tf_prune.masks_of(model)
 
 
 def test_masks_of_the_same_network_under_other_names_fit_and_of_another_one_do_not():

@@ -135,7 +135,9 @@ def wrap(model: keras.Model) -> keras.Model:
 
     def masked(layer: keras.Layer) -> keras.Layer:
         copy = _copy(layer)
-        return copy if isinstance(layer, Masked) or not find_kernels(layer, ()) else Masked(copy)
+        # A functional model can have operations that are no layers.
+        is_plain = isinstance(layer, keras.Layer) and not isinstance(layer, Masked)
+        return Masked(copy) if is_plain and find_kernels(layer, ()) else copy
 
     return _rebuilt(model, masked)
 
