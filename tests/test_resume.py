@@ -87,7 +87,8 @@ def test_a_kill_while_masks_are_saved_leaves_the_old_file_or_the_new_one(tmp_pat
         while not file.exists():
             time.sleep(0.001)
         for _ in range(50):  # what a reader sees at any moment is what a kill at that moment leaves
-            assert any(np.array_equal(tf_prune.Masks.load(file)["kernel"], one) for one in whole)
+            mask = tf_prune.Masks.load(file)["kernel"]
+            assert any(np.array_equal(mask, one) for one in whole)
         time.sleep(wait)
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
