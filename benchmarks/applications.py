@@ -81,16 +81,37 @@ def check(constructor_name: str) -> dict[str, Any]:
 
 def _check_model(model: keras.Model) -> int:
     """Raises `RuntimeError` with what does not hold; returns how many weights are prunable."""
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    masks = tf_prune.prune(model, "magnitude", SPARSITY).masks
+    # Clipped, because a step must not end in NaN, of which nothing can be told.
+    optimizer = keras.optimizers.SGD(1e-3, clipnorm=1.0)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    # Not "global": random weights are of another size in each layer, so that whole layers would be emptied, no gradient
+    # would pass, and the step of training would prove nothing.
+    masks = tf_prune.prune(model, "magnitude", SPARSITY, scope="uniform").masks
     _require(masks.num_weights - masks.num_kept == -(-9 * masks.num_weights // 10), "not exactly 90 % are removed")
     _require_zeros(model, masks, "after pruning")
-    x = np.random.default_rng(0).uniform(0, 1, (2, *model.input_shape[1:])).astype("float32")
-    model.fit(x, np.array([0, 1]), batch_size=2, epochs=1, verbose=0)
+    x = _images(model)
+    _require_training(model, x)
     _require_zeros(model, masks, "after a step of training")
     _check_loading(model, masks)
     _check_wrapping(model, masks, x)
     return masks.num_weights
+
+
+def _images(model: keras.Model) -> np.ndarray:
+    """Two of them, in the range that the model expects: pixels if it has its preprocessing inside."""
+    preprocessing = (keras.layers.Rescaling, keras.layers.Normalization)
+    pixels = any(isinstance(layer, preprocessing) for layer in model.layers)
+    low, high = (0, 255) if pixels else (-1, 1)
+    return np.random.default_rng(0).uniform(low, high, (2, *model.input_shape[1:])).astype("float32")
+
+
+def _require_training(model: keras.Model, x: np.ndarray) -> None:
+    """Trains one step, which must move nearly all the kernels: where no gradient comes, zeros stay without a mask."""
+    kernels = tf_prune.find_prunable(model).prunable.values()
+    before = [np.array(kernel) for kernel in kernels]
+    model.fit(x, np.array([0, 1]), batch_size=2, epochs=1, verbose=0)
+    moved = sum(not np.array_equal(old, np.asarray(new)) for old, new in zip(before, kernels, strict=True))
+    _require(moved >= 0.9 * len(before), f"the step of training moved only {moved} of {len(before)} kernels")
 
 
 def _check_loading(model: keras.Model, masks: tf_prune.Masks) -> None:

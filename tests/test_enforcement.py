@@ -16,6 +16,8 @@ OPTIMIZERS = {
     and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
 }
 assert len(OPTIMIZERS) >= 11
+if keras.__version__.startswith("3.12."):
+    del OPTIMIZERS["muon"]  # asks a variable of TensorFlow for its path there
 OPTIMIZERS |= {
     "sgd_momentum_decay": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adam": lambda: keras.optimizers.Adam(0.01),

@@ -51,7 +51,7 @@ class Life:
         x, y = helpers.batch(32)
         self.model.fit(x, y, batch_size=8, epochs=1, verbose=0)
         for a, b, mask in zip(before, self.kernels(), self.masks.values(), strict=True):
-            assert (a != b)[mask].mean() > 0.5, "kept weights must not be frozen"
+            assert (a != b)[mask].mean() > 0.1, "kept weights must not be frozen"
 
     def save(self):
         with tempfile.TemporaryDirectory() as folder:
