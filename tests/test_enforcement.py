@@ -282,7 +282,10 @@ def copied_by_hand(model, folder):
 
 @pytest.mark.parametrize("way", [saved_as_keras, saved_as_h5, saved_as_checkpoint, copied_by_hand])
 @pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=str)
-def test_the_weights_alone_tell_the_masks_however_they_were_saved(way, options, tmp_path):
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
+def test_the_weights_alone_tell_the_masks_however_they_were_saved(way, options, policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    _ = tf.constant([1.0]) * 0.0, tf.constant([1.0], "bfloat16") * 0.0  # TensorFlow keeps such a number, and gave it
     model = compiled("mlp", keras.optimizers.Adam(0.01), **options)
     hidden = model.get_layer("hidden").kernel
     hidden.assign(keras.ops.where(hidden > 0, hidden, 0.0))  # zeros that are not pruned, and stay in part zero
@@ -302,6 +305,35 @@ def test_zeros_of_an_initializer_are_no_masks(initializer):
     assert not tf_prune.masks_of(model)
     zeros = tf_prune.masks_of(model, from_zeros=True)
     assert zeros.num_kept == {"zeros": 0, "identity": 5, "ones": 25}[initializer]
+
+
+def test_masks_leave_the_zeros_of_others_alone():
+    model = compiled("mlp", "adam")
+    tf_prune.prune(model, "magnitude", 0.7)
+    assert not np.signbit(tf.maximum(tf.constant([-1.0]), 0.0)).any()
+
+
+def test_masks_of_kernels_that_are_not_pruned_again_are_told_and_held_too(tmp_path):
+    model = compiled("residual", "adam")
+    first = tf_prune.prune(model, "snip", 0.8, helpers.batch()).masks
+    fit(model)
+    loaded = saved_as_keras(model, tmp_path)
+    tf_prune.prune(loaded, "magnitude", 0.9, filters="stem")
+    masks = tf_prune.masks_of(loaded)
+    assert all(np.array_equal(masks[path], first[path]) for path in first if "stem" not in path)
+    fit(loaded, callbacks=[Watch()])
+    helpers.assert_masks_hold(loaded, masks)
+
+
+def test_removed_masks_of_a_loaded_model_are_told_no_more(tmp_path):
+    model = compiled("mlp", "adam")
+    tf_prune.prune(model, "magnitude", 0.7)
+    fit(model)
+    loaded = saved_as_keras(model, tmp_path)
+    assert tf_prune.masks_of(loaded)
+    tf_prune.remove_masks(loaded)
+    assert not tf_prune.masks_of(loaded)
+    assert tf_prune.prune(loaded, "random", 0.5).sparsity == 0.5
 
 
 def test_removed_masks_are_told_no_more():
@@ -401,6 +433,7 @@ def test_masks_are_told_also_of_frozen_layers():
             r"has shape \(16, 36\), but the variable has \(36, 16\)",
         ),
         (lambda masks: {path: mask * 0.5 for path, mask in masks.items()}, "only True and False"),
+        (lambda masks: list(masks), "a mapping of variable.path to array of booleans, got list"),
     ],
 )
 def test_masks_that_do_not_fit_change_nothing(change, message):

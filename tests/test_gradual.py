@@ -157,6 +157,7 @@ def test_a_model_that_is_sparser_already_waits_for_the_schedule():
         (lambda: tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.9), begin=0.8, end=0.2), "begin <= end"),
         (lambda: tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.9), end=1.5), r"end must be steps .* got 1\.5"),
         (lambda: tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.9), frequency=-1), "frequency must be steps"),
+        (lambda: tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.9), frequency=0), "frequency must be above 0"),
         (lambda: tf_prune.GradualPruning("magnitude", "cubic"), r"such as tf_prune\.Cubic\(0\.9\); got 'cubic'"),
         (lambda: tf_prune.GradualPruning("size", tf_prune.Cubic(0.9)), "method must be one of"),
         (lambda: tf_prune.PruneAndTrain("magnitude", 0.9, 6), "6 rounds takes an epoch, but fit runs 5"),
@@ -203,6 +204,96 @@ def test_best_weights_that_another_callback_restores_are_masked():
     fit(model, Restore(), tf_prune.GradualPruning("magnitude", tf_prune.Linear(0.9)))
     helpers.assert_masks_hold(model, tf_prune.masks_of(model))
     assert tf_prune.masks_of(model).sparsity == pytest.approx(0.9, abs=1e-2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_early_stopping_that_restores_the_best_weights_leaves_a_pruned_model(order):
+    x, y = helpers.batch(64)
+    model = helpers.build("mlp", optimizer="adam")
+    model.compile("adam", model.loss)
+    gradual = tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.9), end=0.5)
+    best = keras.callbacks.EarlyStopping("loss", patience=99, mode="max", restore_best_weights=True)
+    model.fit(x, y, epochs=8, callbacks=[gradual, best][::order], verbose=0)
+    masks = tf_prune.masks_of(model)
+    assert masks.num_kept == kept_of(tf_prune.Cubic(0.9), 1.0, masks.num_weights)
+    helpers.assert_pruned_is_zero(model, masks)
+
+
+def test_a_model_that_only_fit_builds_is_pruned_gradually_too():
+    model = helpers.Subclassed()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    fit(model, tf_prune.GradualPruning("snip", tf_prune.Linear(0.8), data=helpers.batch()))
+    assert tf_prune.masks_of(model).sparsity == 0.8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tf_prune.GradualPruning("snip", tf_prune.Cubic(0.6), begin=0.5), "but data is None"),
+        (
+            lambda: tf_prune.GradualPruning("snip", tf_prune.Cubic(0.6), begin=0.5, data=iter([helpers.batch()])),
+            "data is a generator, which can be read once",
+        ),
+        (
+            lambda: tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.4), begin=0.5, structure="2:4"),
+            "Ask for 0.5 or more",
+        ),
+    ],
+)
+def test_what_a_later_pruning_needs_is_checked_before_the_first_step(make, message):
+    model = helpers.build("mlp")
+    before = helpers.state(model)
+    watch = Watch()
+    with pytest.raises(ValueError, match=message):
+        fit(model, make(), watch)
+    assert not watch.kept
+    helpers.assert_same_state(before, model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.6), structure="2:4", scope="layerwise"),
+        lambda: tf_prune.PruneAndTrain("magnitude", 0.6, 3, structure="2:4", scope="layerwise"),
+    ],
+)
+def test_a_structure_starts_where_the_schedule_reaches_what_it_removes_at_least(make):
+    model = helpers.build("mlp")
+    callback = make()
+    fit(model, callback)
+    assert all(mask.mean() <= 0.4 for mask in callback.report.masks.values())
+
+
+def test_a_criterion_is_traced_once_for_all_prunings_of_a_run():
+    traces = []
+
+    def loss(y, outputs):
+        traces.append(1)
+        return keras.losses.sparse_categorical_crossentropy(y, outputs, from_logits=True)
+
+    model = helpers.build("mlp")
+    callback = tf_prune.GradualPruning("snip", tf_prune.Linear(0.9), frequency=2, data=helpers.batch(), loss=loss)
+    fit(model, callback)
+    assert len(traces) <= 2  # on the way without a mask, and with masks
+
+
+def test_rounds_have_no_times_of_their_own():
+    with pytest.raises(TypeError, match="begin"):
+        tf_prune.PruneAndTrain("magnitude", 0.9, 2, begin=0.5)
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_schedule_that_never_fired_is_an_error(epochs):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = True
+
+    model = helpers.build("mlp")
+    gradual = tf_prune.GradualPruning("magnitude", tf_prune.Linear(0.9), begin=0.9, end=1.0)
+    with pytest.raises(RuntimeError, match="never pruned"):
+        fit(model, gradual, Stop(), epochs=epochs)
+    tf_prune.prune(model, "magnitude", 0.9)
+    fit(model, gradual, epochs=3, initial_epoch=3)  # a run that was over before
 
 
 def test_frozen_sparsity_keeps_the_zeros_of_any_model_and_trains_the_rest():

@@ -240,3 +240,12 @@ def test_many_scores_equal_a_stable_sort(kind, dtype, among):
         expected = np.zeros(flat.size, bool)
         expected[order[candidates[order]][:kept]] = True
         np.testing.assert_array_equal(flatten(masks), expected)
+
+
+def test_a_file_with_too_few_bits_is_an_error(tmp_path):
+    Masks({"a": np.ones((10, 10), bool)}).save(tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as whole:
+        arrays = {**dict(whole), "bits_0": whole["bits_0"][:1]}
+    np.savez(tmp_path / "short.npz", **arrays)
+    with pytest.raises(ValueError, match=r"not a whole file of masks \(mask 0 has 1 bytes"):
+        Masks.load(tmp_path / "short.npz")

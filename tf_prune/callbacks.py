@@ -14,7 +14,7 @@ from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
 from tf_prune.prunable import Filters, find_prunable
-from tf_prune.pruning import PruningReport, Scope, prune
+from tf_prune.pruning import Pruner, PruningReport, Scope
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
 
@@ -22,9 +22,9 @@ from tf_prune.structures import Structure
 class HoldMasks(keras.callbacks.Callback):
     """Masks the weights again after each epoch and at the end, and tells the sparsities in the logs.
 
-    The masks hold in each step by themselves. Only what sets weights from outside in between, such as a callback that
-    restores the best ones, is put right here. The logs get `sparsity`, and `sparsity/<path>` for each kernel, which
-    callbacks that come later in the list, the progress bar and the history show.
+    The masks hold in each step by themselves. Only what sets weights from outside in between is put right here, such as
+    a callback that restores the best ones, wherever it is in the list. The logs get `sparsity`, and `sparsity/<path>`
+    for each kernel, which callbacks that come later in the list, the progress bar and the history show.
     """
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -35,25 +35,23 @@ class HoldMasks(keras.callbacks.Callback):
             logs.update({f"sparsity/{path}": 1.0 - float(mask.mean()) for path, mask in masks.items()})
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Masks the weights."""
+        """Masks the weights, now and after the callbacks that come later."""
         self._hold()
+        if self.model.history is not None:
+            self.model.history.on_train_end = lambda logs=None: self._hold()  # the last that Keras calls
 
     def _hold(self) -> Masks:
         masks = masks_of(self.model)
-        apply_masks(self.model, masks)
+        if masks:
+            apply_masks(self.model, masks)
         return masks
 
 
-class PruneBeforeTraining(HoldMasks):
-    """Prunes the model once, when the first epoch of `fit` begins; every step after it keeps the masks.
-
-    By then all callbacks have done what they do at the beginning of `fit`: weights that one of them brings back from a
-    run that was interrupted bring their masks along, and are not pruned again. Nor does a second `fit` of the same
-    model prune again; another model is pruned anew.
+class PruningCallback(HoldMasks):
+    """What callbacks that prune have in common: how to prune.
 
     Args:
         method: As in `tf_prune.prune`.
-        sparsity: Fraction in [0, 1) to remove.
         data: An `(x, y)` batch or an iterable of them, for methods that need examples.
         loss: Defaults to the compiled loss.
         scope: How what is removed is shared out over the layers; as in `tf_prune.prune`.
@@ -64,13 +62,12 @@ class PruneBeforeTraining(HoldMasks):
         verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 
     Attributes:
-        report: The `PruningReport`, or `None` before the first `fit`.
+        report: The `PruningReport` of the last pruning, or `None` before the first.
     """
 
     def __init__(
         self,
         method: Method,
-        sparsity: float,
         data: Any = None,
         loss: Any = None,
         *,
@@ -83,7 +80,6 @@ class PruneBeforeTraining(HoldMasks):
     ):
         super().__init__()
         self.method = method
-        self.sparsity = check_sparsity(sparsity)
         self.data = data
         self.loss = loss
         self.options: dict[str, Any] = {
@@ -92,18 +88,14 @@ class PruneBeforeTraining(HoldMasks):
             "filters": filters,
             "include": include,
             "dropout": dropout,
-            "verbose": verbose,
         }
+        self.verbose = verbose
         self.report: PruningReport | None = None
-        self._pruned: Callable[[], Any] = lambda: None
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Prunes, the first time."""
-        if self._pruned() is not self.model:
-            if not self.model.built and self.data is not None:
-                self._build()
-            self.report = prune(self.model, self.method, self.sparsity, self.data, self.loss, **self.options)
-            self._pruned = weakref.ref(self.model)
+    def _pruner(self) -> Pruner:
+        if not self.model.built and self.data is not None:
+            self._build()
+        return Pruner(self.model, self.method, self.data, self.loss, **self.options)
 
     def _build(self) -> None:
         """A subclassed model gets its weights at its first call, which would be after this."""
@@ -113,6 +105,36 @@ class PruneBeforeTraining(HoldMasks):
             self.data = itertools.chain(data, self.data)
         x = next(iter(Batches(data).take(1)))[0]
         self.model(keras.tree.map_structure(lambda leaf: leaf[:1], x))
+
+
+class PruneBeforeTraining(PruningCallback):
+    """Prunes the model once, when the first epoch of `fit` begins; every step after it keeps the masks.
+
+    By then all callbacks have done what they do at the beginning of `fit`: weights that one of them brings back from a
+    run that was interrupted bring their masks along, and are not pruned again. Nor does a second `fit` of the same
+    model prune again; another model is pruned anew.
+
+    Args:
+        method: As in `tf_prune.prune`.
+        sparsity: Fraction in [0, 1) to remove.
+        data: An `(x, y)` batch or an iterable of them, for methods that need examples.
+        loss: Defaults to the compiled loss.
+        **options: `scope`, `structure`, `filters`, `include`, `dropout` and `verbose` as in `tf_prune.prune`.
+
+    Attributes:
+        report: The `PruningReport`, or `None` before the first `fit`.
+    """
+
+    def __init__(self, method: Method, sparsity: float, data: Any = None, loss: Any = None, **options: Any):
+        super().__init__(method, data, loss, **options)
+        self.sparsity = check_sparsity(sparsity)
+        self._pruned: Callable[[], Any] = lambda: None
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Prunes, the first time."""
+        if self._pruned() is not self.model:
+            self.report = self._pruner().prune(self.sparsity, self.verbose)
+            self._pruned = weakref.ref(self.model)
 
 
 class FreezeSparsity(HoldMasks):

@@ -4,7 +4,7 @@ Keras applies `variable.constraint` inside the optimizer's step, right after the
 constraint sets pruned weights to zero, so that every step, every checkpoint and every export has them
 exactly zero, under any optimizer.
 
-The zero of a pruned weight is -0.0, and a kept weight is never -0.0. No initializer of Keras draws -0.0, so the weights
+The zero of a pruned weight is -0.0, and a kept weight is never -0.0. No random initializer draws -0.0, so the weights
 alone, in whatever file they were, tell the mask that they had; files stay plain Keras files.
 """
 
@@ -34,10 +34,10 @@ class MaskConstraint(keras.constraints.Constraint):
         self.is_weight = mask is not None
         # A boolean takes a quarter of a float32's memory, and where() gives no NaN.
         if mask is None:
-            mask = keras.Variable(np.ones(variable.shape, bool), dtype="bool", trainable=False, name="mask")
+            mask = keras.Variable("ones", shape=variable.shape, dtype="bool", trainable=False, name="mask")
         self.mask = mask
         # A variable, because a compiler drops the addition of a constant 0, which is what turns -0.0 into 0.0.
-        self._zero = keras.Variable(np.zeros(()), dtype=variable.dtype, trainable=False, name="zero")
+        self._zero = keras.Variable("zeros", shape=(), dtype=variable.dtype, trainable=False, name="zero")
         self.models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
 
     def __call__(self, value: Any) -> Any:
@@ -50,7 +50,8 @@ class MaskConstraint(keras.constraints.Constraint):
     def masked(self, value: Any) -> Any:
         """-0.0 where the mask is `False`; what is kept is never -0.0."""
         value = keras.ops.convert_to_tensor(value)
-        pruned = keras.ops.convert_to_tensor(-0.0, value.dtype)
+        # Of NumPy, because TensorFlow keeps Python's numbers by their value, and would give a 0.0 that it has.
+        pruned = keras.ops.convert_to_tensor(np.array(-0.0), value.dtype)
         return keras.ops.where(
             keras.ops.cast(self.mask, "bool"), value + keras.ops.cast(self._zero, value.dtype), pruned
         )
@@ -119,7 +120,7 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
 
     Args:
         model: A built `keras.Model`: the one that is trained, if it has others inside. A train function that an outer
-            model traced in an earlier `fit` is not made anew.
+            model traced in an earlier `fit`, and a step of one's own that was traced before, are not made anew.
         masks: `Masks`, or a mapping of `variable.path` to boolean array.
 
     Raises:
@@ -156,7 +157,7 @@ def remove_masks(model: keras.Model) -> None:
         model: A built `keras.Model`, with or without masks.
     """
     check_model(model)
-    for variable in model.weights:
+    for variable in find_kernels(model).values():
         constraint = variable.constraint
         if isinstance(constraint, MaskConstraint):
             constraint.mask.assign(keras.ops.ones_like(constraint.mask))
@@ -164,19 +165,22 @@ def remove_masks(model: keras.Model) -> None:
                 value.assign(constraint.masked(value))  # 0.0: nothing says any more that it was pruned
             if not constraint.is_weight:
                 variable.constraint = constraint.inner
+        elif _is_pruned(np.asarray(variable)).any():
+            variable.assign(np.where(_is_pruned(np.asarray(variable)), 0.0, np.asarray(variable)))
     _retrace(model)
 
 
 def masks_of(model: keras.Model, from_zeros: bool = False) -> Masks:
     """The masks of a model: attached to it, or told by its weights; empty if there are none.
 
-    A model that was saved while it had masks, in whatever format, and built or loaded again has none attached, but its
-    weights still tell them: `apply_masks(model, masks_of(model))` makes them hold again.
+    A model that was saved while it had masks, in whatever format, and built or loaded again (or copied) has none
+    attached, but its weights still tell them: `apply_masks(model, masks_of(model))` makes them hold again.
 
     Args:
         model: A built `keras.Model`.
         from_zeros: Takes every weight of the kernels that is zero for pruned, whatever made it so: another toolkit, a
-            multiplication by hand, an initializer of zeros.
+            multiplication by hand, an initializer of zeros. Products with a mask are -0.0 in part, so that they do tell
+            something without this, but not all.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     >>> masks_of(model)
@@ -188,15 +192,15 @@ def masks_of(model: keras.Model, from_zeros: bool = False) -> Masks:
     check_model(model)
     if from_zeros:
         return Masks({path: np.asarray(v) != 0 for path, v in find_kernels(model, ()).items()})
-    variables = find_kernels(model)
-    attached = {p: v.constraint.mask for p, v in variables.items() if isinstance(v.constraint, MaskConstraint)}
-    if attached:
-        return Masks({path: np.asarray(mask) for path, mask in attached.items()})
-    told = {path: ~_is_pruned(np.asarray(variable)) for path, variable in variables.items()}
-    if all(mask.all() for mask in told.values()):
-        return Masks({})
-    plain = find_kernels(model, ())
-    return Masks({path: mask for path, mask in told.items() if path in plain or not mask.all()})
+    masks, certain = {}, set()
+    for path, variable in find_kernels(model).items():
+        is_attached = isinstance(variable.constraint, MaskConstraint)
+        masks[path] = np.asarray(variable.constraint.mask if is_attached else ~_is_pruned(np.asarray(variable)))
+        if is_attached or not masks[path].all():
+            certain.add(path)
+    if certain and not any(isinstance(v.constraint, MaskConstraint) for v in model.weights):
+        certain.update(find_kernels(model, ()))  # those of which nothing was pruned had masks as well
+    return Masks({path: mask for path, mask in masks.items() if path in certain})
 
 
 def _is_pruned(weights: np.ndarray) -> np.ndarray:

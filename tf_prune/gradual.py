@@ -1,21 +1,19 @@
 """Pruning while `fit` trains, by a schedule over the run or in rounds."""
 
-from collections.abc import Sequence
+import bisect
 from typing import Any
 
 import numpy as np
 
-from tf_prune.callbacks import HoldMasks
+from tf_prune.callbacks import PruningCallback
 from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.methods import Method, as_iterative
-from tf_prune.prunable import Filters, find_prunable
-from tf_prune.pruning import PruningReport, Scope, prune
+from tf_prune.pruning import Pruner
 from tf_prune.schedules import Harmonic, Schedule
 from tf_prune.scopes import AlreadySparserError
-from tf_prune.structures import Structure
 
 
-class GradualPruning(HoldMasks):
+class GradualPruning(PruningCallback):
     """Prunes further and further while the model trains; what is pruned stays so.
 
     After step `begin`, and every `frequency` steps from there to `end`, the model is pruned to
@@ -30,12 +28,8 @@ class GradualPruning(HoldMasks):
         frequency: How many steps between two prunings, or which fraction of the run.
         data: An `(x, y)` batch or an iterable of them, for criteria that need examples.
         loss: Defaults to the compiled loss.
-        scope: As in `tf_prune.prune`.
-        structure: As in `tf_prune.prune`.
-        filters: Which layers; see `find_prunable`.
-        include: What is prunable only on request; see `find_prunable`.
-        dropout: Whether dropout and noise layers act while scoring.
         verbose: As in `tf_prune.prune`, at each pruning.
+        **options: `scope`, `structure`, `filters`, `include` and `dropout` as in `tf_prune.prune`.
 
     Attributes:
         report: The `PruningReport` of the last pruning; `None` before the first.
@@ -62,36 +56,24 @@ class GradualPruning(HoldMasks):
         data: Any = None,
         loss: Any = None,
         *,
-        scope: Scope = "global",
-        structure: str | Structure | None = None,
-        filters: Filters = None,
-        include: Sequence[str] = (),
-        dropout: bool = False,
         verbose: int = 0,
+        **options: Any,
     ):
-        super().__init__()
+        super().__init__(as_iterative(criterion), data, loss, verbose=verbose, **options)
         if not isinstance(schedule, Schedule):
             raise ValueError(
                 f"schedule must be an object that has the target, such as tf_prune.Cubic(0.9); got {schedule!r}."
             )
-        self.method = as_iterative(criterion)
         self.schedule = schedule
         self.begin, self.end, self.frequency = begin, end, frequency
-        self.data = data
-        self.loss = loss
-        self.options: dict[str, Any] = {
-            "scope": scope,
-            "structure": structure,
-            "filters": filters,
-            "include": include,
-            "dropout": dropout,
-            "verbose": verbose,
-        }
-        self.report: PruningReport | None = None
+        for name in ("begin", "end", "frequency"):
+            _as_steps(name, getattr(self, name), 1)
+        if frequency == 0:
+            raise ValueError("frequency must be above 0: steps, or a fraction of the run.")
+        self._steps = self._epoch_start = 0
         self._times: list[int] = []
-        self._epoch_start = 0
-        self._steps: int = 0
-        self._last: int | None = None
+        self._last = -1
+        self._tool: Pruner | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Lays the schedule over the run; raises if it does not fit."""
@@ -101,7 +83,7 @@ class GradualPruning(HoldMasks):
                 "fit does not know how many steps an epoch has, so the schedule cannot be laid over the run. Pass "
                 "steps_per_epoch=..., or data that knows its length, such as a tf.data.Dataset with assert_cardinality."
             )
-        self._steps, self._last = int(steps), None
+        self._steps, self._last, self._tool = int(steps), -1, None
         self._times = self._times_in(self._steps, epochs)
 
     def _times_in(self, steps: int, epochs: int) -> list[int]:
@@ -119,38 +101,58 @@ class GradualPruning(HoldMasks):
         return [*range(begin, end, frequency), end]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Prunes if it is time; attaches masks from the start, so that the logs of all epochs have the same names."""
+        """Prunes if it is time; in the first epoch, checks before all training what the prunings will need."""
         self._epoch_start = epoch * self._steps
-        if self._last is None:
-            variables = find_prunable(self.model, self.options["filters"], self.options["include"]).prunable
-            masks = masks_of(self.model)
-            apply_masks(self.model, {p: masks.get(p, np.ones(v.shape, bool)) for p, v in variables.items()})
+        if self._tool is None:
+            self._tool = self._checked_pruner()
+            # From the start, so that the logs of all epochs have the same names.
+            ones = {path: np.ones(variable.shape, bool) for path, variable in self._tool.variables.items()}
+            apply_masks(self.model, {**ones, **masks_of(self.model)})
         self._prune_after(self._epoch_start)
+
+    def _checked_pruner(self) -> Pruner:
+        pruner = self._pruner()
+        pruner.check(self.schedule.sparsity)
+        if pruner.batches.once_only and as_iterative(self.method).num_batches is None and len(self._times) > 1:
+            raise ValueError(
+                f"The schedule prunes {len(self._times)} times, but data is a generator, which can be read once. Pass "
+                "a list of batches, a tf.data.Dataset or a keras.utils.PyDataset."
+            )
+        if self._epoch_start < self._times[0] and not pruner.batches.once_only:
+            pruner.scores()  # data, labels and loss: an error now, and not in the middle of the run
+        return pruner
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Prunes if it is time."""
         self._prune_after(self._epoch_start + batch + 1)
 
     def _prune_after(self, step: int) -> None:
-        time = max((time for time in self._times if time <= step), default=None)
-        if time is None or time == self._last:
+        index = bisect.bisect_right(self._times, step) - 1
+        if index < 0 or self._times[index] == self._last:
             return
+        assert self._tool is not None  # noqa: S101 - for the type checker
+        self._last = self._times[index]
         begin, end = self._times[0], self._times[-1]
-        progress = (time - begin) / (end - begin) if time < end else 1.0
+        progress = (self._last - begin) / (end - begin) if self._last < end else 1.0
+        sparsity = self.schedule(progress)
+        if progress < 1 and sparsity <= self._tool.least_sparsity:
+            return
         try:
-            self.report = prune(self.model, self.method, self.schedule(progress), self.data, self.loss, **self.options)
+            self.report = self._tool.prune(sparsity, self.verbose)
         except AlreadySparserError:  # a model that was pruned before; the schedule will catch up
             if progress == 1:
                 raise
-        self._last = time
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Masks the weights; raises if the schedule did not come to its end."""
         super().on_train_end(logs)
-        if self._last is not None and self._last < self._times[-1]:
+        is_over = self._last == self._times[-1] or (self._tool is None and masks_of(self.model).sparsity > 0)
+        self._tool = None
+        if not is_over:
             raise RuntimeError(
                 f"Training stopped before step {self._times[-1]}, where the schedule reaches a sparsity of "
-                f"{self.schedule.sparsity:g}: the model was last pruned after step {self._last} and has "
+                f"{self.schedule.sparsity:g}: the model was "
+                f"{f'last pruned after step {self._last}' if self._last >= 0 else 'never pruned'} and has "
                 f"{masks_of(self.model).sparsity:.4g}. It keeps its weights and masks. Train to the end, let the "
                 "schedule end earlier, or call tf_prune.prune(model, ...) and fine-tune."
             )
@@ -167,7 +169,7 @@ class PruneAndTrain(GradualPruning):
         rounds: How many, at least 1 and at most the epochs of `fit`.
         data: An `(x, y)` batch or an iterable of them, for criteria that need examples.
         loss: Defaults to the compiled loss.
-        **options: Of `GradualPruning`.
+        **options: Of `GradualPruning`, other than its times.
 
     >>> PruneAndTrain("loss_preservation", 0.75, rounds=5, structure="output_channels").rounds
     5
@@ -179,7 +181,7 @@ class PruneAndTrain(GradualPruning):
     def __init__(
         self, criterion: Method, sparsity: float, rounds: int, data: Any = None, loss: Any = None, **options: Any
     ):
-        super().__init__(criterion, Harmonic(sparsity), data=data, loss=loss, **options)
+        super().__init__(criterion, Harmonic(sparsity), 0.0, 1.0, 1.0, data, loss, **options)
         if isinstance(rounds, bool) or not isinstance(rounds, (int, np.integer)) or rounds < 1:
             raise ValueError(f"rounds must be an integer of at least 1, got {rounds!r}.")
         self.rounds = int(rounds)
@@ -190,7 +192,7 @@ class PruneAndTrain(GradualPruning):
                 f"Each of the {self.rounds} rounds takes an epoch, but fit runs {epochs}. Ask for fewer rounds, or for "
                 "more epochs."
             )
-        return [i * steps for i in range(self.rounds + 1)]
+        return [i * steps for i in range(self.rounds + 1)]  # nothing at 0, where the schedule starts
 
 
 def _as_steps(name: str, value: Any, total: int) -> int:

@@ -24,7 +24,8 @@ class Masked(keras.layers.Wrapper):
     dL/dc, the connection sensitivity, is the gradient by the substituted masks.
 
     Args:
-        layer: Any layer that has kernels, also a composite one; it can have any arguments in its call.
+        layer: Any layer that has kernels, also a composite one, such as `Bidirectional`, with all that is inside; it
+            can have any arguments in its call.
         **options: Of `keras.layers.Layer`. The name is that of the layer unless given.
 
     Attributes:
@@ -72,24 +73,30 @@ class Masked(keras.layers.Wrapper):
         return self.layer.get_build_config()
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        """Builds the layer as it does it itself, and then the masks."""
+        """Builds the layer as it does it itself, and then the masks; a layer that was quantized has none."""
         if not self.layer.built:
             self.layer.build_from_config(config)
-        self.build()
+        if find_kernels(self.layer, ("embeddings",)):
+            self.build()
+        else:
+            self.built = True
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if all(mask.value is mask._value for mask in self.masks):
             return self.layer(*args, **kwargs)
         gates = {id(v): mask.value for v, mask in zip(self._kernels(), self.masks, strict=True)}
-        values = [v.value * keras.ops.cast(gates[id(v)], v.dtype) if id(v) in gates else v.value for v in self._inner()]
-        with keras.StatelessScope(state_mapping=list(zip(self._inner(), values, strict=True))) as scope:
+        values = [
+            v.value * keras.ops.cast(gates[id(v)], v.dtype) if id(v) in gates else v.value for v in self.layer.variables
+        ]
+        mapping = list(zip(self.layer.variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
             outputs = self.layer(*args, **kwargs)
+        for loss in scope.losses or ():
+            self.add_loss(loss)
+            self._loss_ids.discard(id(loss))  # it counts as that of the layer inside
         for variable in self.layer.non_trainable_variables:  # such as moving statistics: for the scope around this one
             variable.assign(scope.get_current_value(variable))
         return outputs
-
-    def _inner(self) -> list[keras.Variable]:
-        return list(self.layer.variables)
 
     def _kernels(self) -> list[keras.Variable]:
         return list(find_kernels(self.layer, ("embeddings",)).values())
@@ -120,7 +127,8 @@ class Masked(keras.layers.Wrapper):
 def wrap(model: keras.Model) -> keras.Model:
     """A copy of the model in which each layer that has kernels is `Masked`; weights and masks are the model's.
 
-    The copy is a new model, not compiled. `score` and `prune` give the same on both.
+    The copy is a new model, not compiled. `score` and `prune` give the same on both; the paths of weights are those
+    that `keras.models.clone_model` gives.
 
     Args:
         model: A built Sequential or functional `keras.Model`, also with such models inside.
@@ -171,11 +179,9 @@ def _rebuilt(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) 
         try:
             new = keras.models.clone_model(model, _inputs_like(model), clone_function=replace, recursive=True)
         except (ValueError, NotImplementedError) as error:
-            raise ValueError(
-                f"{model.name!r} cannot be built again from its layers ({str(error).splitlines()[0]}). wrap and strip "
-                "take Sequential and functional models; in a subclassed one write Masked(layer) where it makes its "
-                "layers, or use apply_masks, which needs no wrapper."
-            ) from error
+            raise ValueError(_not_rebuilt(model, str(error).splitlines()[0])) from error
+    if [type(m) for m in _models_in(new)] != [type(m) for m in _models_in(model)]:
+        raise ValueError(_not_rebuilt(model, "a class of its own would be lost"))
     for old_variable, variable in zip(_without_masks(model), _without_masks(new), strict=True):
         variable.assign(old_variable)
     masks = masks_of(model)
@@ -183,6 +189,18 @@ def _rebuilt(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) 
     if not all(mask.all() for mask in masks.values()):
         apply_masks(new, {paths[path]: mask for path, mask in masks.items()})
     return new
+
+
+def _models_in(model: keras.Model) -> list[keras.Model]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.Model)]
+
+
+def _not_rebuilt(model: keras.Model, why: str) -> str:
+    return (
+        f"{model.name!r} cannot be built again from its layers ({why}). wrap and strip take Sequential and functional "
+        "models; in a subclassed one write Masked(layer) where it makes its layers, or use apply_masks, which needs no "
+        "wrapper."
+    )
 
 
 def _inputs_like(model: keras.Model) -> Any:

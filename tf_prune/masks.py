@@ -39,6 +39,8 @@ class Masks(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, masks: Mapping[str, Any]):
+        if not isinstance(masks, Mapping):
+            raise ValueError(f"Masks are a mapping of variable.path to array of booleans, got {type(masks).__name__}.")
         self._masks: dict[str, np.ndarray] = {}
         for path, mask in masks.items():
             array = np.asarray(mask)
@@ -126,6 +128,8 @@ class Masks(Mapping[str, np.ndarray]):
                 masks = {}
                 for i in range((len(arrays.files) - 1) // 3):
                     shape = tuple(arrays[f"shape_{i}"])
+                    if arrays[f"bits_{i}"].size != -(-math.prod(shape) // 8):
+                        raise ValueError(f"mask {i} has {arrays[f'bits_{i}'].size} bytes for the shape {shape}")
                     bits = np.unpackbits(arrays[f"bits_{i}"], count=math.prod(shape))
                     masks[str(arrays[f"path_{i}"])] = bits.reshape(shape)
         except FileNotFoundError:

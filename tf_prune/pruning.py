@@ -56,12 +56,7 @@ def score(
     >>> score(model, "magnitude")["logits/kernel"].shape
     (4, 3)
     """
-    method = as_iterative(criterion)
-    survey = find_prunable(model, filters, include)
-    groups, _ = cut_into_groups(None, survey.layouts)
-    derivatives = Derivatives(model, survey.prunable, loss, dropout)
-    scores = method.criterion.scores(derivatives, Batches(data), _existing_masks(model, derivatives), groups)
-    check_finite(scores)
+    scores = Pruner(model, criterion, data, loss, filters=filters, include=include, dropout=dropout).scores()
     return {path: value if value.flags.writeable else value.copy() for path, value in scores.items()}
 
 
@@ -154,6 +149,89 @@ class PruningReport:
             return stream.getvalue()
 
 
+class Pruner:
+    """A model and all that says how to prune it: what `prune` does once, and `GradualPruning` again and again.
+
+    What is checked, traced and read of the data stays from one pruning to the next. Arguments are those of `prune`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        method: Method,
+        data: Any = None,
+        loss: Any = None,
+        *,
+        scope: Scope = "global",
+        structure: str | Structure | None = None,
+        filters: Filters = None,
+        include: Sequence[str] = (),
+        dropout: bool = False,
+    ):
+        self.model = model
+        self._method = as_iterative(method)
+        self._survey = find_prunable(model, filters, include)
+        self._groups, self._left = cut_into_groups(structure, self._survey.layouts)
+        self._shown_scope = "table" if isinstance(scope, Mapping) else scope
+        self._scope = scope
+        if isinstance(scope, Mapping):
+            self._scope = sparsity_of_each({path: self._survey.layers[path] for path in self._groups}, scope)
+        self.variables = {path: self._survey.prunable[path] for path in self._groups}
+        self._derivatives = Derivatives(model, self.variables, loss, dropout)
+        self.batches = Batches(data)
+
+    @property
+    def least_sparsity(self) -> float:
+        """What the structure removes at least."""
+        return min(group.least_sparsity for group in self._groups.values())
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """The scores of the groups as the model is; it stays so."""
+        masks = _existing_masks(self.model, self._derivatives)
+        scores = self._method.criterion.scores(self._derivatives, self.batches, masks, self._groups)
+        check_finite(scores)
+        return scores
+
+    def check(self, sparsity: float) -> None:
+        """Raises if the structure removes more than this sparsity."""
+        _check_least_sparsity(self._groups, sparsity, self._scope)
+
+    def prune(self, sparsity: float, verbose: int = 0) -> PruningReport:
+        """Prunes the model and attaches the masks, with those that other kernels had."""
+        self.check(sparsity)
+        existing = _existing_masks(self.model, self._derivatives)
+        groups = self._groups
+        if existing is not None:
+            groups = {path: dataclasses.replace(group, alive=existing[path]) for path, group in groups.items()}
+        masks, kept = self._method.masks(
+            self._derivatives, self.batches, sparsity, groups, self._scope, existing, verbose
+        )
+        emptied = self._warn_if_cut(masks, sparsity)
+        apply_masks(self.model, {**masks_of(self.model), **masks})
+        skipped = {**self._survey.skipped, **self._left}
+        return PruningReport(self._method.name, self._shown_scope, masks, kept, skipped, emptied)
+
+    def _warn_if_cut(self, masks: Masks, sparsity: float) -> tuple[str, ...]:
+        """The kernels of which nothing is left."""
+        layouts, name = self._survey.layouts, self._method.name
+        emptied = tuple(path for path, mask in masks.items() if not mask.any() and layouts[path].kind != "bias")
+        if emptied:
+            warnings.warn(
+                f"{name} at sparsity {sparsity:g} left no weight in {', '.join(emptied)}: nothing passes through "
+                "there any more. Ask for a lower sparsity, another method (SynFlow, FORCE with more steps), or "
+                'scope="layerwise".',
+                stacklevel=4,
+            )
+        elif not _sees_its_input(self.model, self._derivatives, masks, self.batches.example):
+            warnings.warn(
+                f"{name} at sparsity {sparsity:g} left a network whose outputs no longer depend on its input: "
+                "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or "
+                "another method (SynFlow, FORCE with more steps).",
+                stacklevel=4,
+            )
+        return emptied
+
+
 def prune(
     model: keras.Model,
     method: Method,
@@ -209,35 +287,7 @@ def prune(
     >>> report.masks.num_kept
     5
     """
-    iterative = as_iterative(method)
-    sparsity = check_sparsity(sparsity)
-    survey = find_prunable(model, filters, include)
-    groups, left = cut_into_groups(structure, survey.layouts)
-    table = scope
-    if isinstance(scope, Mapping):
-        table = sparsity_of_each({path: survey.layers[path] for path in groups}, scope)
-    _check_least_sparsity(groups, sparsity, table)
-    derivatives = Derivatives(model, {path: survey.prunable[path] for path in groups}, loss, dropout)
-    batches = Batches(data)
-    existing = _existing_masks(model, derivatives)
-    if existing is not None:
-        groups = {path: dataclasses.replace(group, alive=existing[path]) for path, group in groups.items()}
-    masks, kept = iterative.masks(derivatives, batches, sparsity, groups, table, existing, verbose)
-    emptied = tuple(path for path, mask in masks.items() if not mask.any() and survey.layouts[path].kind != "bias")
-    if emptied:
-        warnings.warn(
-            f"{iterative.name} at sparsity {sparsity:g} left no weight in {', '.join(emptied)}: nothing passes through "
-            "there any more. Ask for a lower sparsity, another method (SynFlow, FORCE with more steps), or "
-            'scope="layerwise".',
-            stacklevel=2,
-        )
-    elif not _sees_its_input(model, derivatives, masks, batches.example):
-        warnings.warn(
-            f"{iterative.name} at sparsity {sparsity:g} left a network whose outputs no longer depend on its input: "
-            "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or another "
-            "method (SynFlow, FORCE with more steps).",
-            stacklevel=2,
-        )
-    apply_masks(model, masks)
-    shown = "table" if isinstance(scope, Mapping) else scope
-    return PruningReport(iterative.name, shown, masks, kept, {**survey.skipped, **left}, emptied)
+    pruner = Pruner(
+        model, method, data, loss, scope=scope, structure=structure, filters=filters, include=include, dropout=dropout
+    )
+    return pruner.prune(check_sparsity(sparsity), verbose)
