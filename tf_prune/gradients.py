@@ -20,7 +20,10 @@ MaskMapping = Mapping[str, np.ndarray]
 
 def _describe(part: Any) -> str:
     leaves = [keras.ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
-    texts = [f"{a.dtype}{list(a.shape)}" + (f" from {a.min()} to {a.max()}" if a.size else "") for a in leaves]
+    texts = [
+        f"{a.dtype}{list(a.shape)}" + (f" from {a.min()} to {a.max()}" if a.size and a.dtype.kind not in "OSU" else "")
+        for a in leaves
+    ]
     return ", ".join(texts) or "missing (only the losses 'uniform', 'prediction' and 'prediction_raw' need none)"
 
 
