@@ -117,9 +117,9 @@ def _run(folder, start, saving):
 
 
 def _measure(saving, kills, folder, rng):
-    """Runs, killed so many times in all, and what they noted."""
-    notes, start, runs = [], 0, 0
-    while kills or not notes or notes[-1]["moment"] != "end":
+    """Runs until so many kills, the last one to its end: what they noted, and how often they were started."""
+    notes, start, runs, is_over = [], 0, 0, False
+    while kills or not is_over:
         run = folder / f"{saving}_{runs}"
         run.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.kill_and_resume", f"--run={run}", f"--start={start}"]
@@ -134,11 +134,12 @@ def _measure(saving, kills, folder, rng):
             raise RuntimeError(f"A start of the run failed:\n{errors[-2000:]}")
         kills -= child.returncode < 0
         lines = (run / "notes.jsonl").read_text().splitlines() if (run / "notes.jsonl").exists() else []
-        if child.returncode == 0:  # the run is over: its notes are complete, and the next one starts anew
+        is_over = child.returncode == 0
+        if is_over:  # the run is over: its notes are complete, and the next one starts anew
             notes += map(json.loads, lines)
             runs += 1
             print(f"{saving}: a run is over after {start} starts, {kills} kills to go", flush=True)
-    return notes
+    return notes, start
 
 
 def main(_):
@@ -153,12 +154,11 @@ def main(_):
     failed = False
     for saving in _SAVING.value:
         folder = pathlib.Path(tempfile.mkdtemp())
-        notes = _measure(saving, _KILLS.value, folder, rng)
+        notes, starts = _measure(saving, _KILLS.value, folder, rng)
         shutil.rmtree(folder)
         found = [note for note in notes if note["found"]]
         again = sum(note["scored"] for note in found)
         others, not_zero = sum(not note["same"] for note in notes), sum(not note["zero"] for note in notes)
-        starts = len({note["start"] for note in notes})
         found_starts = len({note["start"] for note in found})
         table.add_row(saving, str(starts), str(found_starts), str(again), str(others), str(not_zero))
         failed = failed or bool(again or others or not_zero) or not found
