@@ -10,7 +10,7 @@ from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.methods import Method, as_iterative
 from tf_prune.pruning import Pruner
 from tf_prune.schedules import Harmonic, Schedule
-from tf_prune.scopes import AlreadySparserError
+from tf_prune.scopes import TooLowSparsityError
 
 
 class GradualPruning(PruningCallback):
@@ -135,11 +135,11 @@ class GradualPruning(PruningCallback):
         begin, end = self._times[0], self._times[-1]
         progress = (self._last - begin) / (end - begin) if self._last < end else 1.0
         sparsity = self.schedule(progress)
-        if progress < 1 and sparsity <= self._tool.least_sparsity:
+        if sparsity == 0:
             return
         try:
             self.report = self._tool.prune(sparsity, self.verbose)
-        except AlreadySparserError:  # a model that was pruned before; the schedule will catch up
+        except TooLowSparsityError:  # the schedule will catch up with what was pruned before, or the structure removes
             if progress == 1:
                 raise
 

@@ -18,7 +18,7 @@ from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
 from tf_prune.prunable import Filters, find_prunable, sparsity_of_each
-from tf_prune.scopes import check_sparsity
+from tf_prune.scopes import TooLowSparsityError, check_sparsity
 from tf_prune.structures import Structure, cut_into_groups
 
 Scope = str | Mapping[keras.Layer, float]
@@ -91,7 +91,7 @@ def _check_least_sparsity(groups: Groups, sparsity: float, scope: str | Mapping[
     for where, least in leasts.items():
         asked = table.get(where, sparsity)
         if asked < least - 1e-12:
-            raise ValueError(
+            raise TooLowSparsityError(
                 f"The structure removes at least {least:g} of the weights of {where}, but a sparsity of {asked:g} is "
                 f"asked for. Ask for {least:g} or more, or leave the layer out with filters=..."
             )
@@ -179,11 +179,6 @@ class Pruner:
         self.variables = {path: self._survey.prunable[path] for path in self._groups}
         self._derivatives = Derivatives(model, self.variables, loss, dropout)
         self.batches = Batches(data)
-
-    @property
-    def least_sparsity(self) -> float:
-        """What the structure removes at least."""
-        return min(group.least_sparsity for group in self._groups.values())
 
     def scores(self) -> dict[str, np.ndarray]:
         """The scores of the groups as the model is; it stays so."""

@@ -131,13 +131,13 @@ def kept_in_each(
     return {path: floors[path] + more for path, more in zip(sizes, above, strict=True)}
 
 
-class AlreadySparserError(ValueError):
-    """More are to be kept than may be."""
+class TooLowSparsityError(ValueError):
+    """More are to be kept than may be: they are pruned already, or the structure removes them."""
 
 
-def too_few(sparsity: float, count: int, size: int, where: str, room: int) -> AlreadySparserError:
+def too_few(sparsity: float, count: int, size: int, where: str, room: int) -> TooLowSparsityError:
     """The error where more are to be kept than may be."""
-    return AlreadySparserError(
+    return TooLowSparsityError(
         f"Sparsity {sparsity:g} keeps {count:,} of {size:,} in {where}, but only {room:,} are not yet pruned and "
         "allowed by the structure. Ask for a higher sparsity, or call remove_masks(model) first to let pruned weights "
         "come back."
