@@ -51,16 +51,17 @@ class _Witness(keras.callbacks.Callback):
 
     def __init__(self, folder, found):
         super().__init__()
-        self.folder, self.found, self.started = folder, found, False
+        self.folder, self.found, self.steps = folder, found, 0
 
     def on_train_batch_begin(self, batch, logs=None):
         """Tells the parent that the training goes on."""
-        if not self.started:
-            self.started = True
+        if self.steps == 0:
             if not self.found:
                 tf_prune.masks_of(self.model).save(self.folder / "masks.npz")
             self.note("first batch")
+        elif self.steps == 1:  # the step is compiled
             print("training", flush=True)
+        self.steps += 1
         time.sleep(0.003)  # or the run would be over before it can be killed
 
     def note(self, moment):
@@ -112,7 +113,7 @@ def _run(folder, start, saving):
     witness = _Witness(folder, found)
     callbacks = [pruning, saver] if start % 2 else [saver, pruning]
     model.fit(*data, batch_size=32, epochs=_EPOCHS, initial_epoch=epoch, callbacks=[*callbacks, witness], verbose=0)
-    if witness.started:
+    if witness.steps:
         witness.note("end")
 
 

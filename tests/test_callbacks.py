@@ -162,3 +162,11 @@ def test_a_callback_takes_every_option_of_prune():
     assert callback.report.groups.num_kept == 8
     assert callback.report.scope == "erk"
     helpers.assert_masks_hold(model, callback.report.masks)
+
+
+def test_a_fit_without_epochs_prunes_too():
+    model = helpers.build("mlp")
+    callback = tf_prune.SnipPruning(0.8, DATA)
+    fit(model, callback, epochs=0)
+    assert callback.report.masks == tf_prune.masks_of(model)
+    assert tf_prune.masks_of(model).num_kept == 128

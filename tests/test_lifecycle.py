@@ -97,7 +97,7 @@ class Life:
         assert found.num_kept == math.floor((1 - self.sparsity) * found.num_weights + 1e-9)
 
 
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(st.data(), st.lists(st.sampled_from(ACTIONS), min_size=3, max_size=6))
 def test_pruned_stays_zero_and_the_count_exact_whatever_is_done(data, actions):
     try:

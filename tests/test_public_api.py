@@ -64,6 +64,10 @@ def blocks(language):
 @pytest.mark.parametrize("block", blocks("python"))
 def test_readme_examples_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "tf.distribute" in block:  # a process has one strategy
+        block += "assert tf_prune.masks_of(model).sparsity >= 0.9\n"
+        subprocess.run([sys.executable, "-c", block], check=True, capture_output=True)
+        return
     namespace: dict = {}
     exec(compile(block, "README.md", "exec"), namespace)
     assert tf_prune.masks_of(namespace["model"]).sparsity >= 0.9

@@ -132,6 +132,14 @@ class PruneBeforeTraining(PruningCallback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Prunes, the first time."""
+        self._prune_once()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Prunes if there was no epoch, and masks the weights."""
+        self._prune_once()
+        super().on_train_end(logs)
+
+    def _prune_once(self) -> None:
         if self._pruned() is not self.model:
             self.report = self._pruner().prune(self.sparsity, self.verbose)
             self._pruned = weakref.ref(self.model)
