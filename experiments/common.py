@@ -40,6 +40,10 @@ class Config:
     structure: str = "weights"
     filters: str = ""
     score_loss: str = "labels"
+    initializer: str = ""
+    gamma: float = 1.0
+    retrain_initializer: str = ""
+    condition: bool = False
 
     @property
     def name(self) -> str:
@@ -69,6 +73,10 @@ _HELP = {
     "structure": "What is pruned together.",
     "filters": "Regular expression for the names of the layers that are pruned; empty for all.",
     "score_loss": "What scoring compares the outputs with.",
+    "initializer": "Of the kernels; empty for the network's own.",
+    "gamma": "Variance of the initializer scaled_gaussian.",
+    "retrain_initializer": "Draws the kernels anew between pruning and training; empty to train what was pruned.",
+    "condition": "Whether the pruned network is made near-isometric before training.",
 }
 _CHOICES = {
     "method": tuple(tf_prune.METHODS),
@@ -77,6 +85,8 @@ _CHOICES = {
     "scope": tf_prune.SCOPES,
     "structure": tuple(tf_prune.STRUCTURES),
     "score_loss": ("labels", *LOSSES),
+    "initializer": ("", *tf_prune.INITIALIZERS),
+    "retrain_initializer": ("", *tf_prune.INITIALIZERS),
 }
 
 
@@ -85,6 +95,8 @@ def _define_flags() -> None:
     for field in dataclasses.fields(Config):
         if field.name in _CHOICES:
             flags.DEFINE_enum(field.name, field.default, _CHOICES[field.name], _HELP[field.name])
+        elif isinstance(field.default, bool):
+            flags.DEFINE_bool(field.name, field.default, _HELP[field.name])
         elif isinstance(field.default, int):
             lowest = 0 if field.name in ("seed", "epochs") else 1
             flags.DEFINE_integer(field.name, field.default, _HELP[field.name], lower_bound=lowest)
@@ -130,14 +142,19 @@ def batches(data: datasets.Dataset, config: Config) -> tf.data.Dataset:
     return dataset.batch(config.batch_size).prefetch(2)
 
 
-def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[keras.Model, dict[str, Any]]:
-    """Builds the model, prunes it unless the method is `dense`, trains it, and tests it after the last epoch.
+def initializer_of(name: str, config: Config) -> keras.initializers.Initializer:
+    """The initializer of this name, with the configuration's seed."""
+    options = {"gamma": config.gamma} if name == "scaled_gaussian" else {}
+    return tf_prune.INITIALIZERS[name](seed=config.seed, **options)
 
-    The same seed gives every method the same initial weights, the same scoring batches, and the same order of the data.
-    """
+
+def initial_model(config: Config, data: datasets.Dataset) -> keras.Model:
+    """The compiled model before pruning; the same for the same seed, whatever the method."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(config.seed)
     model = models.build(config.model, data.input_shape, data.num_classes)
+    if config.initializer:
+        tf_prune.reinitialize(model, initializer_of(config.initializer, config))
     steps = config.epochs * -(-len(data.x_train) // config.batch_size)
     model.compile(
         keras.optimizers.SGD(
@@ -148,23 +165,52 @@ def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[ker
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    training = batches(data, config)
-    callbacks = []
-    if config.method != "dense":
-        # Of a stream of its own, which leaves the order of training alone; kept, since each pass shuffles anew.
-        scoring = list(batches(data, config).take(config.score_batches))
-        callbacks.append(
-            tf_prune.PruneBeforeTraining(
-                method_of(config),
-                config.sparsity,
-                scoring,
-                None if config.score_loss == "labels" else config.score_loss,
-                scope=config.scope,
-                structure=config.structure,
-                filters=config.filters or None,
-                verbose=verbose,
-            )
+    return model
+
+
+def pruning(config: Config, data: datasets.Dataset, verbose: int = 0) -> list[keras.callbacks.Callback]:
+    """What is done to the model before training, as callbacks; the first of them prunes."""
+    if config.method == "dense":
+        return []
+    # Of a stream of its own, which leaves the order of training alone; kept, since each pass shuffles anew.
+    scoring = list(batches(data, config).take(config.score_batches))
+    callbacks: list[keras.callbacks.Callback] = [
+        tf_prune.PruneBeforeTraining(
+            method_of(config),
+            config.sparsity,
+            scoring,
+            None if config.score_loss == "labels" else config.score_loss,
+            scope=config.scope,
+            structure=config.structure,
+            filters=config.filters or None,
+            verbose=verbose,
         )
+    ]
+    if config.condition:
+        callbacks.append(tf_prune.ConditionBeforeTraining(verbose=verbose))
+    if config.retrain_initializer:
+        callbacks.append(_Reinitialize(initializer_of(config.retrain_initializer, config)))
+    return callbacks
+
+
+class _Reinitialize(keras.callbacks.Callback):
+    def __init__(self, initializer: keras.initializers.Initializer):
+        super().__init__()
+        self.initializer = initializer
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 0:
+            tf_prune.reinitialize(self.model, self.initializer)
+
+
+def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[keras.Model, dict[str, Any]]:
+    """Builds the model, prunes it unless the method is `dense`, trains it, and tests it after the last epoch.
+
+    The same seed gives every method the same initial weights, the same scoring batches, and the same order of the data.
+    """
+    model = initial_model(config, data)
+    training = batches(data, config)
+    callbacks = pruning(config, data, verbose)
     history = model.fit(training, epochs=config.epochs, callbacks=callbacks, shuffle=False, verbose=0)
     loss, accuracy = model.evaluate(data.x_test, data.y_test, batch_size=500, verbose=0)
     kernels = tf_prune.find_prunable(model).prunable.values()

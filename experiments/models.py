@@ -37,6 +37,30 @@ def lenet_300_100(input_shape: Sequence[int], num_classes: int) -> keras.Model:
     )
 
 
+def _mlp(activation: str, depth: int) -> Callable[[Sequence[int], int], keras.Model]:
+    def mlp(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+        """Layers of 100 units, and a linear last one (Lee et al. 2020, section 3)."""
+        hidden = [layers.Dense(100, activation) for _ in range(depth - 1)]
+        name = f"mlp_{activation}_{depth}"
+        return keras.Sequential([keras.Input(input_shape), layers.Flatten(), *hidden, layers.Dense(num_classes)], name=name)
+
+    return mlp
+
+
+def gru(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """A GRU of 100 units over the rows of an image; Lee et al. 2020 do not give the size of theirs."""
+    rows, columns, channels = input_shape
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Reshape((rows, columns * channels)),
+            layers.GRU(100),
+            layers.Dense(num_classes),
+        ],
+        name="gru",
+    )
+
+
 def lenet_5_caffe(input_shape: Sequence[int], num_classes: int) -> keras.Model:
     """LeNet-5-Caffe: 430,500 prunable weights on MNIST; no activation after the convolutions, as in Caffe."""
     return keras.Sequential(
@@ -114,6 +138,16 @@ def resnet8(input_shape: Sequence[int], num_classes: int) -> keras.Model:
     return _resnet(input_shape, num_classes, (16, 32, 64), 1, "resnet8")
 
 
+def resnet8_narrow(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """The same of half the width: 19,568 prunable weights on CIFAR-10."""
+    return _resnet(input_shape, num_classes, (8, 16, 32), 1, "resnet8_narrow")
+
+
+def resnet8_wide(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """The same of twice the width: 307,616 prunable weights on CIFAR-10."""
+    return _resnet(input_shape, num_classes, (32, 64, 128), 1, "resnet8_wide")
+
+
 def _bottleneck_block(x, filters: int, strides: int):
     y = _conv_bn(x, filters, kernel_size=1)
     y = _conv_bn(y, filters, strides=strides)
@@ -153,7 +187,11 @@ MODELS: dict[str, Callable[[Sequence[int], int], keras.Model]] = {
     "digits_convnet": digits_convnet,
     "lenet_300_100": lenet_300_100,
     "lenet_5_caffe": lenet_5_caffe,
+    **{f"mlp_{activation}_{depth}": _mlp(activation, depth) for activation in ("linear", "tanh") for depth in (3, 5, 7)},
+    "gru": gru,
+    "resnet8_narrow": resnet8_narrow,
     "resnet8": resnet8,
+    "resnet8_wide": resnet8_wide,
     "resnet32x2": resnet32x2,
     "resnet50": resnet50,
     "vgg19": vgg19,

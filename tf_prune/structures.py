@@ -36,6 +36,32 @@ class Layout:
     outputs: tuple[int, ...]
     is_last: bool = False
 
+    def to_matrices(self, kernel: np.ndarray) -> np.ndarray:
+        """The kernel as independent matrices: an array (number of them, *window, inputs, outputs).
+
+        There is one for each gate of a recurrent layer, group of a grouped convolution, and channel of a depthwise one.
+        """
+        copies, window, inputs, outputs = self._parts()
+        moved = kernel.reshape(self.view).transpose(*copies, *window, *inputs, *outputs)
+        sizes = [math.prod(self.view[i] for i in part) for part in (copies, inputs, outputs)]
+        return moved.reshape(sizes[0], *(self.view[i] for i in window), *sizes[1:])
+
+    def from_matrices(self, matrices: np.ndarray) -> np.ndarray:
+        """The kernel that `to_matrices` gives these of."""
+        order = [axis for part in self._parts() for axis in part]
+        moved = matrices.reshape([self.view[axis] for axis in order])
+        return moved.transpose(np.argsort(order)).reshape(self.shape)
+
+    def _parts(self) -> tuple[tuple[int, ...], ...]:
+        """Axes of `view` that count copies of the same map, its window, its inputs, its outputs."""
+        is_windowed = self.kind in ("convolution", "depthwise")
+        both = set(self.inputs) & set(self.outputs)
+        rest = set(range(len(self.view))) - set(self.inputs) - set(self.outputs)
+        copies = tuple(sorted(both if is_windowed else both | rest))
+        window = tuple(sorted(rest)) if is_windowed else ()
+        inputs, outputs = (tuple(i for i in part if i not in both) for part in (self.inputs, self.outputs))
+        return copies, window, inputs, outputs
+
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:

@@ -1,0 +1,253 @@
+"""Initial weights: the orthogonal kinds, and the Gaussians of the papers. All serializable, all for any kernel.
+
+The last two axes of a shape are inputs and outputs, as in Keras; the axes before them are the window of a convolution.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class _Gain(keras.initializers.Initializer):
+    """An initializer that multiplies an isometry by a gain.
+
+    A seed that is an integer gives the same values at each call, as everywhere in Keras.
+    """
+
+    def __init__(self, gain: float = 1.0, seed: Any = None):
+        if not (isinstance(gain, (int, float)) and math.isfinite(gain) and gain > 0):
+            raise ValueError(f"gain must be a positive number, got {gain!r}. See tf_prune.mean_field_gain.")
+        self.gain = gain
+        self._inner = keras.initializers.RandomNormal(0.0, 1.0, seed)
+        self.seed = self._inner.seed
+
+    def get_config(self) -> dict[str, Any]:
+        return {"gain": self.gain, "seed": self._inner.get_config()["seed"]}
+
+    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
+        shape = tuple(shape)
+        if len(shape) < 2:
+            raise ValueError(
+                f"An orthogonal kernel needs at least two axes, inputs and outputs; got the shape {shape}. Biases "
+                "take another initializer, such as zeros."
+            )
+        kernel = self.gain * self._isometry(shape[:-2], shape[-2], shape[-1])
+        return ops.cast(kernel, dtype or keras.config.floatx())
+
+    def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
+        raise NotImplementedError
+
+    def _normal(self, *shape: int) -> Any:
+        """One draw for all that a kernel needs; in float64, so that what is orthogonal is so to the last digit."""
+        return ops.cast(keras.random.normal(shape, seed=self.seed, dtype="float32"), "float64")
+
+
+def _orthogonal(normal: Any) -> Any:
+    """Matrices with orthonormal columns, uniform (Haar), from Gaussian ones that are not wider than high."""
+    q, r = ops.qr(normal)
+    return q * ops.sign(ops.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+
+
+@keras.saving.register_keras_serializable(package="tf_prune")
+class Orthogonal(_Gain):
+    """A kernel that is an orthogonal matrix `W`, window and inputs together along its rows.
+
+    `W^T W = gain^2 I`, or `W W^T = gain^2 I` where it is wider than high. A dense layer is an isometry up to the gain,
+    at least of as many dimensions as its smaller side has. Of a convolution it is the reshaped kind: a single patch is
+    mapped isometrically, an image is not, because patches overlap; see `DeltaOrthogonal` and `ConvolutionOrthogonal`.
+
+    Args:
+        gain: Of all singular values.
+        seed: An integer, a `keras.random.SeedGenerator`, or `None`.
+
+    Raises:
+        ValueError: If the gain is not positive, or the shape has fewer than two axes.
+
+    >>> kernel = Orthogonal(seed=0)((4, 3))
+    >>> np.allclose(np.transpose(kernel) @ kernel, np.eye(3), atol=1e-6)
+    True
+
+    Source: Saxe et al. 2014; Lee et al. 2020, Sec. 4.1.2. What `keras.initializers.Orthogonal` gives, but factorized
+    in float64.
+    """
+
+    def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
+        rows = math.prod(window) * inputs
+        matrix = _orthogonal(self._normal(max(rows, outputs), min(rows, outputs)))
+        return ops.reshape(matrix if rows >= outputs else ops.transpose(matrix), (*window, inputs, outputs))
+
+
+@keras.saving.register_keras_serializable(package="tf_prune")
+class DeltaOrthogonal(_Gain):
+    """A convolution that is an orthogonal matrix at the window's center and zero elsewhere.
+
+    A convolution of stride 1 with `"same"` or circular padding is then an isometry of whole images, up to the gain, where
+    it has no more inputs than outputs; otherwise its transpose is one: all singular values are the gain or, of what is
+    projected out, 0. A dense kernel has no window, and is that of `Orthogonal`.
+
+    Args:
+        gain: Of all singular values.
+        seed: An integer, a `keras.random.SeedGenerator`, or `None`.
+
+    Raises:
+        ValueError: If the gain is not positive, or the shape has fewer than two axes.
+
+    >>> kernel = np.asarray(DeltaOrthogonal(seed=0)((3, 3, 2, 2)))
+    >>> int(np.count_nonzero(kernel.any((2, 3)))), bool(np.allclose(kernel[1, 1] @ kernel[1, 1].T, np.eye(2), atol=1e-6))
+    (1, True)
+
+    Source: Xiao et al. 2018, Algorithm 1. The paper takes no fewer outputs than inputs; this takes any.
+    """
+
+    def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
+        matrix = Orthogonal._isometry(self, (), inputs, outputs)  # type: ignore[arg-type]
+        center = [(n - 1) // 2 for n in window]  # where Keras's "same" has it
+        padding = [(c, n - 1 - c) for c, n in zip(center, window, strict=True)]
+        return ops.pad(ops.reshape(matrix, (*[1] * len(window), inputs, outputs)), [*padding, (0, 0), (0, 0)])
+
+
+@keras.saving.register_keras_serializable(package="tf_prune")
+class ConvolutionOrthogonal(_Gain):
+    """A convolution whose whole window is filled, and that is an isometry of images under circular padding.
+
+    `W(z) = O prod_i (P_i + (I - P_i) z_a)`: an orthogonal matrix times, along each axis a of the window, one factor of
+    two taps less than it is long, with random orthogonal projections `P_i`. At every frequency that is an orthogonal
+    matrix, so all singular values of the convolution are the gain: under circular padding exactly, under `"same"` but
+    for the border. With more inputs than outputs its transpose is the isometry. A dense kernel is that of `Orthogonal`.
+
+    Args:
+        gain: Of all singular values.
+        seed: An integer, a `keras.random.SeedGenerator`, or `None`.
+
+    Raises:
+        ValueError: If the gain is not positive, or the shape has fewer than two axes.
+
+    >>> kernel = np.asarray(ConvolutionOrthogonal(seed=0)((3, 3, 2, 2)))
+    >>> transfer = np.fft.fft2(kernel, s=(8, 8), axes=(0, 1))
+    >>> np.allclose(np.linalg.svd(transfer, compute_uv=False), 1, atol=1e-6)
+    True
+
+    Source: Xiao et al. 2018, appendix ("2-D orthogonal kernel"); the orthogonal initialization of the code of Lee et
+    al. 2020. They take no fewer outputs than inputs and square windows; this takes any.
+    """
+
+    def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
+        width, narrow = max(inputs, outputs), min(inputs, outputs)
+        axes = [axis for axis, n in enumerate(window) for _ in range(n - 1)]
+        normal = self._normal(1 + len(axes), width, width + 1)
+        matrix = _orthogonal(normal[0, :, :narrow])
+        kernel = ops.reshape(ops.transpose(matrix), (*[1] * len(window), narrow, width))
+        for axis, draw in zip(axes, normal[1:], strict=True):
+            columns = _orthogonal(draw[:, :-1]) * ops.cast(draw[:, -1] > 0, "float64")
+            projection = columns @ ops.transpose(columns)
+            first = kernel @ projection
+            second = kernel - first
+            pad = [(0, 0)] * (len(window) + 2)
+            after, before = [*pad], [*pad]
+            after[axis], before[axis] = (0, 1), (1, 0)
+            kernel = ops.pad(first, after) + ops.pad(second, before)
+        if inputs <= outputs:
+            return kernel
+        return ops.moveaxis(kernel, -1, -2)
+
+
+@keras.saving.register_keras_serializable(package="tf_prune")
+class LeCunNormal(keras.initializers.VarianceScaling):
+    """`w ~ N(0, 1 / fan_in)`, not truncated: VS-L of the paper.
+
+    Args:
+        seed: An integer, a `keras.random.SeedGenerator`, or `None`.
+
+    >>> LeCunNormal(seed=0)((100, 50)).shape
+    TensorShape([100, 50])
+
+    Source: LeCun et al. 1998; Lee et al. 2020, Table 3, whose code does not truncate. `keras.initializers.LecunNormal` does.
+    """
+
+    def __init__(self, seed: Any = None):
+        super().__init__(1.0, "fan_in", "untruncated_normal", seed)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"seed": super().get_config()["seed"]}
+
+
+@keras.saving.register_keras_serializable(package="tf_prune")
+class GlorotNormal(keras.initializers.VarianceScaling):
+    """`w ~ N(0, 2 / (fan_in + fan_out))`, not truncated: VS-G of the paper.
+
+    Args:
+        seed: An integer, a `keras.random.SeedGenerator`, or `None`.
+
+    >>> GlorotNormal(seed=0)((100, 50)).shape
+    TensorShape([100, 50])
+
+    Source: Glorot and Bengio 2010; Lee et al. 2020, Table 3, whose code does not truncate. Keras's own does.
+    """
+
+    def __init__(self, seed: Any = None):
+        super().__init__(1.0, "fan_avg", "untruncated_normal", seed)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"seed": super().get_config()["seed"]}
+
+
+@keras.saving.register_keras_serializable(package="tf_prune")
+class HeNormal(keras.initializers.VarianceScaling):
+    """`w ~ N(0, 2 / fan_in)`, not truncated: VS-H of the paper.
+
+    Args:
+        seed: An integer, a `keras.random.SeedGenerator`, or `None`.
+
+    >>> HeNormal(seed=0)((100, 50)).shape
+    TensorShape([100, 50])
+
+    Source: He et al. 2015; Lee et al. 2020, Table 3, whose code does not truncate. Keras's own does.
+    """
+
+    def __init__(self, seed: Any = None):
+        super().__init__(2.0, "fan_in", "untruncated_normal", seed)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"seed": super().get_config()["seed"]}
+
+
+@keras.saving.register_keras_serializable(package="tf_prune")
+class ScaledGaussian(keras.initializers.RandomNormal):
+    """`w ~ N(0, gamma)` whatever the fans: SG of the paper. γ is the variance.
+
+    Args:
+        gamma: The variance; not negative.
+        seed: An integer, a `keras.random.SeedGenerator`, or `None`.
+
+    Raises:
+        ValueError: If gamma is negative.
+
+    >>> bool(abs(np.std(ScaledGaussian(0.01, seed=0)((100, 100))) - 0.1) < 0.002)
+    True
+
+    Source: Lee et al. 2020, Sec. 3 and Table 2. The text scales the standard deviation by γ; the figures of its tables,
+    and its code, come out with a standard deviation of √γ.
+    """
+
+    def __init__(self, gamma: float = 1.0, seed: Any = None):
+        if not gamma >= 0:
+            raise ValueError(f"gamma is a variance and cannot be negative, got {gamma!r}.")
+        super().__init__(0.0, math.sqrt(gamma), seed)
+        self.gamma = gamma
+
+    def get_config(self) -> dict[str, Any]:
+        return {"gamma": self.gamma, "seed": super().get_config()["seed"]}
+
+
+INITIALIZERS: dict[str, type[keras.initializers.Initializer]] = {
+    "orthogonal": Orthogonal,
+    "delta_orthogonal": DeltaOrthogonal,
+    "convolution_orthogonal": ConvolutionOrthogonal,
+    "lecun_normal": LeCunNormal,
+    "glorot_normal": GlorotNormal,
+    "he_normal": HeNormal,
+    "scaled_gaussian": ScaledGaussian,
+}
