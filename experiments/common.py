@@ -142,10 +142,10 @@ def batches(data: datasets.Dataset, config: Config) -> tf.data.Dataset:
     return dataset.batch(config.batch_size).prefetch(2)
 
 
-def initializer_of(name: str, config: Config) -> keras.initializers.Initializer:
-    """The initializer of this name, with the configuration's seed."""
+def initializer_of(name: str, config: Config, seed: int) -> keras.initializers.Initializer:
+    """The initializer of this name."""
     options = {"gamma": config.gamma} if name == "scaled_gaussian" else {}
-    return tf_prune.INITIALIZERS[name](seed=config.seed, **options)
+    return tf_prune.INITIALIZERS[name](seed=seed, **options)
 
 
 def initial_model(config: Config, data: datasets.Dataset) -> keras.Model:
@@ -154,7 +154,7 @@ def initial_model(config: Config, data: datasets.Dataset) -> keras.Model:
     keras.utils.set_random_seed(config.seed)
     model = models.build(config.model, data.input_shape, data.num_classes)
     if config.initializer:
-        tf_prune.reinitialize(model, initializer_of(config.initializer, config))
+        tf_prune.reinitialize(model, initializer_of(config.initializer, config, config.seed))
     steps = config.epochs * -(-len(data.x_train) // config.batch_size)
     model.compile(
         keras.optimizers.SGD(
@@ -189,7 +189,8 @@ def pruning(config: Config, data: datasets.Dataset, verbose: int = 0) -> list[ke
     if config.condition:
         callbacks.append(tf_prune.ConditionBeforeTraining(verbose=verbose))
     if config.retrain_initializer:
-        callbacks.append(_Reinitialize(initializer_of(config.retrain_initializer, config)))
+        # Of another seed: the same one would give the weights that were pruned, only of another size.
+        callbacks.append(_Reinitialize(initializer_of(config.retrain_initializer, config, 1_000_003 + config.seed)))
     return callbacks
 
 

@@ -64,7 +64,9 @@ _PAPER_5 = {
 class Runs:
     """Does each run once, and keeps what came out in a file of its own."""
 
-    def __init__(self, config: common.Config, seeds: Sequence[int], data_dir: str | None, output_dir: Path, images: int):
+    def __init__(
+        self, config: common.Config, seeds: Sequence[int], data_dir: str | None, output_dir: Path, images: int
+    ):
         self.config = config
         self.seeds = seeds
         self._folder = output_dir / "signal_propagation"
@@ -94,9 +96,7 @@ class Runs:
             if not file.exists():
                 begin = time.perf_counter()
                 result = function(config)
-                common.write_json(
-                    file, {"config": dataclasses.asdict(config), **result, "versions": common.versions()}
-                )
+                common.write_json(file, {"config": dataclasses.asdict(config), **result, "versions": common.versions()})
                 print(f"{file.name} in {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             results.append(json.loads(file.read_text()))
         return results
@@ -123,7 +123,7 @@ def _numbers(spectrum: tf_prune.Spectrum) -> dict[str, float]:
 def measure(
     config: common.Config, data: datasets.Dataset, images: int, verbose: int = 0
 ) -> tuple[dict[str, tf_prune.Spectrum], tf_prune.Masks, dict[str, np.ndarray], list[tuple[float, float, float]]]:
-    """Spectra before pruning, after it, and after conditioning; masks, scores; gaps (before, after, floor) of kernels."""
+    """Spectra before pruning, after it and after conditioning; masks; scores; gaps (before, after, floor) of each."""
     model = common.initial_model(config, data)
     x = data.x_train[:images]
     prune = common.pruning(config, data)[0]
@@ -216,7 +216,9 @@ def table_5(runs: Runs) -> str:
             errors = runs.errors(model=f"mlp_tanh_{depth}", initializer="orthogonal", score_loss=loss)
             cells.append(f"{_mean(errors)} ({theirs:g})")
         rows.append([loss, *cells])
-    return _markdown("Table 5: error in %, tanh MLPs, by what scoring is compared with", ["loss", "K = 3", "5", "7"], rows)
+    return _markdown(
+        "Table 5: error in %, tanh MLPs, by what scoring is compared with", ["loss", "K = 3", "5", "7"], rows
+    )
 
 
 def figure_2(runs: Runs) -> str:
@@ -258,7 +260,9 @@ def conditioning(runs: Runs) -> str:
             measured = runs.spectra(model=model, initializer=initializer, condition=True)
             cells = []
             for name in ("mean_condition_number", "pooled_condition_number", "condition_number_of_means"):
-                pair = [[one["spectra"][f"after {what}"][name] for one in measured] for what in ("pruning", "conditioning")]
+                pair = [
+                    [one["spectra"][f"after {what}"][name] for one in measured] for what in ("pruning", "conditioning")
+                ]
                 cells.append(" → ".join(_middle(values) for values in pair))
             gaps = np.median([one["gaps"] for one in measured], 0)
             cells.append(", ".join(f"{before:.2f} → {after:.2g}" for before, after, _ in gaps))
@@ -286,7 +290,8 @@ def draw(config: common.Config, data_dir: str | None, images: int, file: Path) -
     spectra, masks, scores, _ = measure(config, datasets.load(config.dataset, data_dir), images, verbose=1)
     for label, spectrum in spectra.items():
         print(f"{label}: {spectrum}")
-    title = f"{config.model} on {config.dataset}, {config.initializer or 'own'} initialization, {config.method} {config.sparsity:g}"
+    title = f"{config.model} on {config.dataset}, initialization {config.initializer or 'of its own'}, "
+    title += f"{config.method} at {config.sparsity:g}"
     print(tf_prune.draw_propagation(file, spectra, masks, scores, title))
 
 

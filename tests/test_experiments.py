@@ -11,7 +11,7 @@ import pytest
 from absl.testing import flagsaver
 
 import tf_prune
-from experiments import common, compare_methods, datasets, models, prune_at_init
+from experiments import common, compare_methods, datasets, models, prune_at_init, signal_propagation
 
 ROOT = pathlib.Path(__file__).parent.parent
 # From the papers, and from shared counts of their code.
@@ -22,6 +22,14 @@ PRUNABLE = {
     ("lenet_300_100", (28, 28, 1)): (266_200, 3),
     ("lenet_5_caffe", (28, 28, 1)): (430_500, 4),
     ("resnet8", (32, 32, 3)): (77_360, 10),
+    ("resnet8_narrow", (32, 32, 3)): (19_608, 10),
+    ("resnet8_wide", (32, 32, 3)): (307_296, 10),
+    **{
+        (f"mlp_{name}_{k}", (28, 28, 1)): (79_400 + 10_000 * (k - 2), k)
+        for name in ("linear", "tanh")
+        for k in (3, 5, 7)
+    },
+    ("gru", (28, 28, 1)): (39_400, 3),
     ("digits_convnet", (8, 8, 1)): (60_688, 5),
 }
 
@@ -91,6 +99,65 @@ def test_a_comparison_prints_its_table_and_does_nothing_twice(tmp_path, capsys, 
     assert lines[0] == "| method | 50 % | 90 % |"
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["dense", "snip", "random"]
     assert lines[3].count("±") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*left no weight in", "ignore:.*no longer depend on its input")
+def test_the_tables_of_signal_propagation_show_the_papers_figures_and_nothing_is_done_twice(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(signal_propagation, "_GAMMAS", (1e-2, 1e0))
+    tables = {
+        "_PAPER_1": {("tanh", 3): (2.52, 2.57)},
+        "_PAPER_2": {g: signal_propagation._PAPER_2[g] for g in (1e-2, 1e0)},
+        "_PAPER_3": {"lenet_300_100": signal_propagation._PAPER_3["lenet_300_100"][:1]},
+        "_ROWS_3": [("orthogonal", "uniform")],
+        "_PAPER_5": {"prediction": (3.11, 3.37, 3.56)},
+    }
+    for name, part in tables.items():
+        monkeypatch.setattr(signal_propagation, name, part)
+    with flagsaver.flagsaver(
+        epochs=1, method="snip", score_batches=1, spectrum_images=5, runs=["0"], output_dir=str(tmp_path),
+        tables=["1", "2", "3", "5"],
+    ):  # fmt: skip
+        signal_propagation.main()
+        first = capsys.readouterr().out
+        monkeypatch.setattr(common, "train", lambda *_: 1 / 0)
+        monkeypatch.setattr(signal_propagation, "measure", lambda *_: 1 / 0)
+        signal_propagation.main()
+    assert capsys.readouterr().out == first
+    for text in ("(2.52)", "(0.449)", "(6.7)", "(1.69)", "(3.56)"):
+        assert text in first
+    runs = [json.loads(file.read_text()) for file in (tmp_path / "signal_propagation").iterdir()]
+    assert len(runs) == 2 + 2 + 2 + 3
+    assert {run["config"]["retrain_initializer"] for run in runs} == {"", "glorot_normal"}
+
+
+def test_the_picture_of_a_configuration_is_drawn(tmp_path, capsys):
+    file = tmp_path / "picture.png"
+    with flagsaver.flagsaver(
+        model="mlp_tanh_3", initializer="orthogonal", sparsity=0.5, method="snip", score_batches=1, spectrum_images=5,
+        picture=str(file),
+    ):  # fmt: skip
+        signal_propagation.main()
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert "after conditioning: Jacobian 10 x 64" in capsys.readouterr().out
+
+
+def test_pruned_networks_are_drawn_anew_and_conditioned_before_training():
+    data = datasets.load("digits")
+    config = common.Config(method="snip", model="mlp_tanh_3", sparsity=0.5, initializer="scaled_gaussian", gamma=4.0)
+    config = dataclasses.replace(config, score_batches=1, epochs=1, learning_rate=1e-9)
+    plain, _ = common.train(config, data)
+    anew, _ = common.train(dataclasses.replace(config, retrain_initializer="glorot_normal"), data)
+    conditioned, _ = common.train(dataclasses.replace(config, condition=True), data)
+    kernels = [np.asarray(model.layers[1].kernel) for model in (plain, anew, conditioned)]
+    assert len({(kernel != 0).tobytes() for kernel in kernels}) == 1
+    assert kernels[0][kernels[0] != 0].std() == pytest.approx(2, rel=0.5)
+    assert kernels[1][kernels[1] != 0].std() == pytest.approx(np.sqrt(2 / 164), rel=0.1)
+    kept = kernels[0] != 0
+    assert abs(np.corrcoef(kernels[0][kept], kernels[1][kept])[0, 1]) < 0.1  # and not the same ones, smaller
+    alive = kernels[2][kernels[2].any(1)].astype(float)
+    np.testing.assert_allclose(np.linalg.svd(alive, compute_uv=False)[:20], 1, atol=0.05)
 
 
 def test_the_same_seed_trains_the_same_network():

@@ -43,7 +43,6 @@ from tf_prune.initializers import HeNormal as HeNormal
 from tf_prune.initializers import LeCunNormal as LeCunNormal
 from tf_prune.initializers import Orthogonal as Orthogonal
 from tf_prune.initializers import ScaledGaussian as ScaledGaussian
-from tf_prune.jacobian import Spectrum as Spectrum
 from tf_prune.jacobian import jacobian_spectrum as jacobian_spectrum
 from tf_prune.jacobian import layerwise_spectra as layerwise_spectra
 from tf_prune.layers import Masked as Masked
@@ -75,6 +74,7 @@ from tf_prune.schedules import Linear as Linear
 from tf_prune.schedules import Schedule as Schedule
 from tf_prune.scopes import SCOPES as SCOPES
 from tf_prune.scopes import check_sparsity as check_sparsity
+from tf_prune.spectrum import Spectrum as Spectrum
 from tf_prune.structures import STRUCTURES as STRUCTURES
 from tf_prune.structures import Blocks as Blocks
 from tf_prune.structures import Hybrid as Hybrid

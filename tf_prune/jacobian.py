@@ -1,4 +1,4 @@
-"""What a network does to a signal: singular values of its Jacobians, from its input to its logits and layer by layer."""
+"""What a network does to a signal: spectra of its Jacobians, from its input to its logits and layer by layer."""
 
 import contextlib
 import dataclasses
@@ -14,96 +14,10 @@ from tf_prune.batches import Batches
 from tf_prune.gradients import computing_in_float64
 from tf_prune.noise import check_no_state
 from tf_prune.prunable import check_model, find_kernels
+from tf_prune.spectrum import Spectrum, singular_values
 
-# Singular values below this part of the largest are rounding errors of float64, times the length of its sums.
-_RANK_TOLERANCE = 1e-13
 _MOST_ENTRIES = 2**23  # of the Jacobians that are computed at once: 64 MiB
 _MOST_OF_ONE = 2**27  # of one of them: 1 GiB
-
-
-@dataclasses.dataclass(frozen=True)
-class Spectrum:
-    """Singular values of one Jacobian at many examples; `print(spectrum)` sums them up.
-
-    "Pooled" takes the values of all examples together, as Lee et al. 2020 do in Table 2.
-
-    Attributes:
-        values: Float64 array (examples, min(outputs, inputs)), each row from the largest to the smallest. What is
-            rounding error, below 1e-13 of an example's largest, is 0: the Jacobian is rank deficient there.
-        shape: `(outputs, inputs)` of the Jacobian.
-        start: What it is the derivative by.
-        end: What it is the derivative of.
-    """
-
-    values: np.ndarray
-    shape: tuple[int, int]
-    start: str = "inputs"
-    end: str = "logits"
-
-    @property
-    def mean(self) -> float:
-        """Of the pooled values."""
-        return float(self.values.mean())
-
-    @property
-    def std(self) -> float:
-        """Standard deviation of the pooled values."""
-        return float(self.values.std())
-
-    @property
-    def largest(self) -> float:
-        """Of the pooled values."""
-        return float(self.values.max())
-
-    @property
-    def smallest(self) -> float:
-        """Of the pooled values; 0 if an example is rank deficient."""
-        return float(self.values.min())
-
-    @property
-    def num_rank_deficient(self) -> int:
-        """How many examples have a Jacobian without full rank: some change of their input, or output, is lost."""
-        return int((self.values[:, -1] == 0).sum())
-
-    @property
-    def condition_numbers(self) -> np.ndarray:
-        """Largest / smallest of each example; infinite for those that are rank deficient."""
-        return np.array([_quotient(row[0], row[-1]) for row in self.values])
-
-    @property
-    def mean_condition_number(self) -> float:
-        """The mean of `condition_numbers`; infinite if one of them is."""
-        return float(self.condition_numbers.mean())
-
-    @property
-    def pooled_condition_number(self) -> float:
-        """`largest / smallest`: the one of the paper's Table 2."""
-        return _quotient(self.largest, self.smallest)
-
-    @property
-    def condition_number_of_means(self) -> float:
-        """The examples' mean largest value / their mean smallest one: finite as long as one example has full rank."""
-        return _quotient(self.values[:, 0].mean(), self.values[:, -1].mean())
-
-    @property
-    def isometry_gap(self) -> float:
-        """Distance from an isometry: the root mean square of σ² - 1, which is ‖JᵀJ - I‖_F / √r for one example."""
-        return float(np.sqrt(np.mean((self.values**2 - 1) ** 2)))
-
-    def __str__(self) -> str:
-        count = len(self.values)
-        lost = self.num_rank_deficient
-        return (
-            f"Jacobian {self.shape[0]} x {self.shape[1]} of {self.end} by {self.start}, {count:,} examples: singular "
-            f"values {self.mean:.3g} ± {self.std:.3g}, from {self.smallest:.3g} to {self.largest:.3g}; condition number "
-            f"{self.mean_condition_number:.3g} (mean of examples), {self.pooled_condition_number:.3g} (pooled), "
-            f"{self.condition_number_of_means:.3g} (of means); isometry gap {self.isometry_gap:.3g}"
-            + (f"; {lost:,} examples are rank deficient" if lost else "")
-        )
-
-
-def _quotient(largest: Any, smallest: Any) -> float:
-    return float(largest / smallest) if smallest > 0 else float("inf")
 
 
 def jacobian_spectrum(
@@ -141,9 +55,9 @@ def jacobian_spectrum(
     check_model(model)
     layers = {name: _layer(model, name) for name in (start, end) if name is not None}
 
-    def ends(calls: list["_Call"], inputs: Any, logits: Any) -> list["_Segment"]:
+    def ends(calls: list["_Call"], inputs: Any, outputs: Any) -> list["_Segment"]:
         source = inputs if start is None else _only_call(calls, layers[start]).outputs
-        target = logits if end is None else _only_call(calls, layers[end]).outputs
+        target = _logits(model, outputs) if end is None else _only_call(calls, layers[end]).outputs
         return [_Segment(start or "inputs", end or "logits", source, target)]
 
     return _spectra(model, data, list(layers.values()), ends, start is None, verbose)[0]
@@ -175,10 +89,10 @@ def layerwise_spectra(model: keras.Model, data: Any, *, verbose: int = 1) -> dic
     Source: Lee et al. 2020, Eq. 6 and Sec. 4.1.2.
     """
     check_model(model)
-    layers = list(_with_kernels(model))
+    layers = list(dict.fromkeys(_with_kernels(model)))
 
-    def chain(calls: list["_Call"], inputs: Any, logits: Any) -> list["_Segment"]:
-        following = [call.inputs for call in calls[1:]] + [logits]
+    def chain(calls: list["_Call"], inputs: Any, outputs: Any) -> list["_Segment"]:
+        following = [call.inputs for call in calls[1:]] + [_logits(model, outputs)]
         names = [call.layer.name for call in calls[1:]] + ["logits"]
         return [
             _Segment(call.layer.name, f"the input of {name}", call.inputs, target, call.outputs)
@@ -206,13 +120,14 @@ class _Call:
 
 @dataclasses.dataclass
 class _Segment:
-    """From where to where a Jacobian goes; `instead` is the end if `target` does not depend on `source`."""
+    """From where to where a Jacobian goes; it ends at `through` if that does not lead to `target`."""
 
     start: str
     end: str
     source: Any
     target: Any
-    instead: Any = None
+    through: Any = None
+    instead: Any = None  # `through` as one vector an example
 
 
 def _layer(model: keras.Model, name: str) -> keras.Layer:
@@ -220,7 +135,8 @@ def _layer(model: keras.Model, name: str) -> keras.Layer:
     if len(found) != 1:
         names = ", ".join(dict.fromkeys(layer.name for layer in model._flatten_layers(include_self=False)))
         raise ValueError(
-            f"The model {model.name!r} has {len(found) or 'no'} layers called {name!r}; start and end must name one of: {names}."
+            f"The model {model.name!r} has {len(found) or 'no'} layers called {name!r}. Start and end name one of: "
+            f"{names}."
         )
     return found[0]
 
@@ -238,7 +154,7 @@ def _only_call(calls: list[_Call], layer: keras.Layer) -> _Call:
     if len(found) != 1:
         raise ValueError(
             f"The layer {layer.name!r} is called {len(found)} times when the model is called, so it has "
-            f"{'no output' if not found else 'several outputs'}. Name a layer that is called once, and outside of loops."
+            f"{'no output' if not found else 'several outputs'}. Name a layer that is called once, outside of loops."
         )
     return found[0]
 
@@ -249,7 +165,7 @@ def _watched(layers: list[keras.Layer], tape: tf.GradientTape, calls: list[_Call
 
     def watching(layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            inputs = [leaf for leaf in keras.tree.flatten((args, kwargs)) if tf.is_tensor(leaf)][0]
+            inputs = next(leaf for leaf in keras.tree.flatten((args, kwargs)) if tf.is_tensor(leaf))
             tape.watch(inputs) if inputs.dtype.is_floating else None
             outputs = call(*args, **kwargs)
             tape.watch([leaf for leaf in keras.tree.flatten(outputs) if leaf.dtype.is_floating])
@@ -272,8 +188,8 @@ def _logits(model: keras.Model, outputs: Any) -> tf.Tensor:
     leaves = keras.tree.flatten(outputs)
     if len(leaves) != 1:
         raise ValueError(
-            f"The model {model.name!r} has {len(leaves)} outputs, and a Jacobian is of one. Name it: end=the layer that "
-            "makes it."
+            f"The model {model.name!r} has {len(leaves)} outputs, and a Jacobian is of one. Name it: end=the layer "
+            "that makes it."
         )
     return getattr(leaves[0], "_keras_logits", leaves[0])
 
@@ -296,7 +212,7 @@ def _flattened(segment: _Segment) -> _Segment:
         segment,
         source=segment.source if isinstance(segment.source, list) else [_only_tensor(segment.source, segment.start)],
         target=flat(segment.target, segment.end),
-        instead=None if segment.instead is None else flat(segment.instead, segment.start),
+        instead=None if segment.through is None else flat(segment.through, segment.start),
     )
 
 
@@ -320,13 +236,14 @@ class _Traced:
         except (tf.errors.OpError, TypeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ValueError(
-                f"The model {model.name!r} cannot be computed in float64 on these inputs: {lines[-1] if lines else error}. "
+                f"The model {model.name!r} cannot be computed in float64 on these inputs: "
+                f"{lines[-1] if lines else error}. "
                 "Check that x fits the model, and that no layer of its own asks for float32."
             ) from error
 
     def __call__(self, x: Any) -> list[np.ndarray]:
         jacobians = self._function(*[keras.tree.map_structure(tf.convert_to_tensor, x)])
-        return [_singular_values(np.asarray(memoryview(jacobian))) for jacobian in jacobians]
+        return [singular_values(np.asarray(memoryview(jacobian))) for jacobian in jacobians]
 
     def _jacobians(self, x: Any) -> list[tf.Tensor]:
         inputs = [leaf for leaf in keras.tree.flatten(x) if leaf.dtype.is_floating]
@@ -343,19 +260,20 @@ class _Traced:
             keras.StatelessScope(),
         ):
             tape.watch(inputs)
-            logits = _logits(self._model, self._model(x, training=False))
-            segments = [_flattened(segment) for segment in self._segments(calls, inputs, logits)]
+            outputs = self._model(x, training=False)
+            segments = [_flattened(segment) for segment in self._segments(calls, inputs, outputs)]
         return [self._of_segment(tape, segment) for segment in segments]
 
     def _of_segment(self, tape: tf.GradientTape, segment: _Segment) -> tf.Tensor:
         sources, target = segment.source, segment.target
         if target.dtype != tf.float64:
             raise ValueError(
-                f"{segment.end} of the model {self._model.name!r} is of type {target.dtype.name}: a layer casts what it "
-                "computes, and its derivative would be that of what is left. Let it compute in self.compute_dtype."
+                f"{segment.end} of the model {self._model.name!r} is of type {target.dtype.name}: a layer casts what "
+                "it computes, and its derivative would be that of what is left. Let it compute in self.compute_dtype."
             )
         end = segment.end
-        if all(gradient is None for gradient in tape.gradient(target, sources)):
+        through = sources if segment.through is None else keras.tree.flatten(segment.through)
+        if all(gradient is None for gradient in tape.gradient(target, through)):
             if segment.instead is None:
                 raise ValueError(
                     f"{segment.end} does not depend on {segment.start}, or only by integers. Choose a start that comes "
@@ -374,19 +292,6 @@ class _Traced:
             for source, size in zip(sources, sizes, strict=True)
         ]
         return tf.concat(parts, -1) if len(parts) > 1 else parts[0]
-
-
-def _singular_values(jacobians: np.ndarray) -> np.ndarray:
-    """A row for each matrix, from the largest on; what is not finite gives NaN."""
-    tall = jacobians if jacobians.shape[1] >= jacobians.shape[2] else jacobians.transpose(0, 2, 1)
-    is_finite = np.isfinite(tall).all((1, 2))
-    if tall.shape[1] > tall.shape[2]:
-        tall = np.linalg.qr(tall[is_finite], mode="r")  # of the same singular values, and small
-    else:
-        tall = tall[is_finite]
-    values = np.full((len(jacobians), tall.shape[-1]), np.nan)
-    values[is_finite] = np.linalg.svd(tall, compute_uv=False)
-    return values
 
 
 def _spectra(
@@ -416,9 +321,7 @@ def _spectra(
             bar.update(done)
     if not is_single:
         bar.update(done, finalize=True)
-    return [
-        _spectrum(model, np.concatenate(list_), *found) for list_, found in zip(values, traced.found, strict=True)
-    ]
+    return [_spectrum(model, np.concatenate(list_), *found) for list_, found in zip(values, traced.found, strict=True)]
 
 
 def _spectrum(model: keras.Model, values: np.ndarray, start: str, end: str, shape: tuple[int, int]) -> Spectrum:
@@ -428,8 +331,6 @@ def _spectrum(model: keras.Model, values: np.ndarray, start: str, end: str, shap
             f"The Jacobian of {end} by {start} is not finite at {broken} of {len(values)} examples: the signal of "
             f"{model.name!r} overflows on its way. Initialize it with less variance, see tf_prune.reinitialize."
         )
-    values[values <= _RANK_TOLERANCE * values[:, :1]] = 0.0
-    values.setflags(write=False)
     return Spectrum(values, shape, start, end)
 
 

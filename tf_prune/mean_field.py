@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
-# The normal distribution at the middles of equal steps: sums that converge exponentially for smooth functions, and nodes
-# that do not meet a kink at 0.
+# The normal distribution at the middles of equal steps: sums that converge exponentially for smooth functions, and
+# nodes that do not meet a kink at 0.
 _NODES = (np.arange(-(2**15), 2**15) + 0.5) * 2.0**-12
 _WEIGHTS = np.exp(-(_NODES**2) / 2)
 _WEIGHTS /= _WEIGHTS.sum()
@@ -119,8 +119,8 @@ def mean_field_gain(activation: Any, variance: float) -> float:
     >>> round(mean_field_gain("relu", 1.0), 6), round(mean_field_gain("tanh", 1e-4), 3)
     (1.414214, 1.0)
 
-    Source: Schoenholz et al. 2017, Eq. 5 with χ₁ = 1; Pennington et al. 2017; Lee et al. 2020, Sec. 4.1.2. E is a sum over
-    65,536 nodes, φ' a central difference: exact to 1e-9 for smooth activations, to 1e-4 for those with kinks off 0.
+    Source: Schoenholz et al. 2017, Eq. 5 with χ₁ = 1; Pennington et al. 2017; Lee et al. 2020, Sec. 4.1.2. E is a sum
+    over 65,536 nodes, φ' a central difference: exact to 1e-7 for smooth activations, 1e-4 for those with kinks off 0.
     """
     _check("variance", variance, lowest_is_allowed=False)
     return _gain(_function(activation), variance)
@@ -150,7 +150,7 @@ def critical_point(activation: Any, bias_variance: float = 0.0) -> CriticalPoint
     [2.0, 1.0, 1.0]
     >>> point = critical_point("tanh", bias_variance=0.01)
     >>> round(point.variance, 3), round(point.gain, 3)
-    (0.272, 1.197)
+    (0.273, 1.193)
 
     Source: Schoenholz et al. 2017, Sec. 3; Pennington et al. 2017, Sec. 2.
     """

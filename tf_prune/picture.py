@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_prune.jacobian import Spectrum
+from tf_prune.spectrum import Spectrum
 
 _COLORS = ("#3b6ea5", "#c8553d", "#5a9367", "#8a6bb1", "#b08a2e")
 _MOST_PATTERNS = 8
@@ -22,8 +22,9 @@ def draw_propagation(
     """Draws spectra, densities and sensitivities into one PNG file.
 
     Above: the singular values of each spectrum, pooled, on a logarithmic scale; which fraction of each kernel is kept;
-    the connection sensitivity `s = |score| / Σ|score|` of each kernel's weights, as median and quantiles. Below, as
-    far as they are given, the mask of each kernel (kept is white) and its sensitivity, as matrices of inputs by outputs.
+    the connection sensitivity `s = |score| / Σ|score|` of each kernel's weights, as median and quantiles. Below, as far
+    as they are given, the mask of each kernel (kept is white) and its sensitivity, as matrices of inputs by outputs; of
+    more than 8 kernels, 8.
 
     Args:
         file: Where to write; its folder is made. An existing file is replaced.
@@ -61,7 +62,10 @@ def draw_propagation(
     _draw_sensitivities(panels[2], scores)
     total = sum(float(np.abs(score).sum()) for score in scores.values()) or 1.0
     for part, arrays, label in zip(
-        lower, [arrays for arrays in (masks, scores) if arrays], ["kept"] * bool(masks) + ["log sensitivity"], strict=False
+        lower,
+        [arrays for arrays in (masks, scores) if arrays],
+        ["kept"] * bool(masks) + ["log sensitivity"],
+        strict=False,
     ):
         images = {path: _as_matrix(np.asarray(arrays[path])) for path in shown if path in arrays}
         if arrays is not masks:
@@ -104,7 +108,9 @@ def _draw_spectra(axes: Any, spectra: Mapping[str, Spectrum]) -> None:
     for color, (label, spectrum) in zip(_COLORS * len(spectra), spectra.items(), strict=False):
         lost = spectrum.values.size - positive[label].size
         number = spectrum.condition_number_of_means
-        text = f"{label}: condition number {number:.3g}" + (f", {lost / spectrum.values.size:.0%} are 0" if lost else "")
+        text = f"{label}: condition number {number:.3g}" + (
+            f", {lost / spectrum.values.size:.0%} are 0" if lost else ""
+        )
         weights = np.full(positive[label].size, 1 / spectrum.values.size)
         axes.hist(positive[label], bins, weights=weights, histtype="step", color=color, label=text, linewidth=1.6)
     axes.set_xscale("log")
@@ -137,7 +143,9 @@ def _draw_sensitivities(axes: Any, scores: Mapping[str, np.ndarray]) -> None:
         return
     smallest = min(float(np.abs(score)[score != 0].min()) for score in scores.values() if np.any(score)) / total
     for i, score in enumerate(scores.values()):
-        least, low, middle, high, most = np.quantile(np.abs(score) / total, [0.05, 0.25, 0.5, 0.75, 0.95]).clip(smallest)
+        least, low, middle, high, most = np.quantile(np.abs(score) / total, [0.05, 0.25, 0.5, 0.75, 0.95]).clip(
+            smallest
+        )
         axes.plot([least, most], [i, i], color=_COLORS[1], linewidth=1)
         axes.plot([low, high], [i, i], color=_COLORS[1], linewidth=5, solid_capstyle="butt")
         axes.plot([middle], [i], "|", color="black", markersize=9)
@@ -148,6 +156,9 @@ def _draw_sensitivities(axes: Any, scores: Mapping[str, np.ndarray]) -> None:
 
 
 def _draw_matrices(part: Any, images: Mapping[str, np.ndarray], label: str) -> None:
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis"].with_extremes(bad="black")
     grid = part.subplots(1, len(images), squeeze=False)[0]
     part.supylabel(label, fontsize=9)
     finite = [image[np.isfinite(image)] for image in images.values()]
@@ -158,10 +169,14 @@ def _draw_matrices(part: Any, images: Mapping[str, np.ndarray], label: str) -> N
     for axes, (path, image) in zip(grid, images.items(), strict=True):
         is_mask = image.dtype == bool
         bounds = (0, 1) if is_mask else (low, high)
-        picture = axes.imshow(
-            image, cmap="gray" if is_mask else "viridis", vmin=bounds[0], vmax=bounds[1], aspect="auto", interpolation="nearest"
+        axes.imshow(
+            image,
+            cmap="gray" if is_mask else colors,
+            vmin=bounds[0],
+            vmax=bounds[1],
+            aspect="auto",
+            interpolation="nearest",
         )
-        picture.cmap.set_bad("black")
         axes.set_title(f"{_short(path)}\n{image.shape[0]} x {image.shape[1]}", fontsize=7)
         axes.set_xticks([])
         axes.set_yticks([])

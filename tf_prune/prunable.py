@@ -17,7 +17,7 @@ Filters = str | Sequence[str] | Callable[[keras.Layer], bool] | None
 INCLUDE = ("embeddings", "quirk_biases")
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 _CELLS = (layers.GRUCell, layers.LSTMCell, layers.SimpleRNNCell)
@@ -27,7 +27,7 @@ _KERNELS: list[tuple[tuple[type, ...], dict[str, Kind]]] = [
     (_SEPARABLE, {"depthwise_kernel": "depthwise", "pointwise_kernel": "convolution", "bias": "bias"}),
     (_CELLS, {"kernel": "recurrent", "recurrent_kernel": "recurrent"}),
     (_DEPTHWISE, {"kernel": "depthwise", "bias": "bias"}),
-    ((*_CONVOLUTIONS, *_TRANSPOSED), {"kernel": "convolution", "bias": "bias"}),
+    ((*_CONVOLUTIONS, *TRANSPOSED), {"kernel": "convolution", "bias": "bias"}),
     ((layers.Dense, layers.EinsumDense), {"kernel": "dense", "bias": "bias"}),
     ((layers.Embedding,), {"embeddings": "embedding"}),
 ]
@@ -151,7 +151,7 @@ def _layout(layer: keras.Layer, variable: keras.Variable, is_last: bool) -> Layo
         outputs = (len(shape) - 2, len(shape) - 1)
     elif isinstance(layer, layers.EinsumDense):
         inputs, outputs = _einsum_axes(layer.equation)
-    elif isinstance(layer, _TRANSPOSED):
+    elif isinstance(layer, TRANSPOSED):
         inputs, outputs = outputs, inputs
     elif getattr(layer, "groups", 1) > 1:
         # (window, inputs of a group, groups, outputs of a group)
