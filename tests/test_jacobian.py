@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 import tf_prune
@@ -233,7 +234,7 @@ def test_activation_and_normalization_behind_a_layer_belong_to_it():
     spectra = tf_prune.layerwise_spectra(model, helpers.batch(2)[0], verbose=0)
     assert [(name, s.shape, s.end) for name, s in spectra.items()] == [
         ("conv", (96, 36), "the input of head"),
-        ("head", (4, 96), "the input of logits"),
+        ("head", (4, 96), "logits"),
     ]
 
 
@@ -243,7 +244,7 @@ def test_a_layer_beside_a_shortcut_is_measured_to_its_own_output():
     model = keras.Model(inputs, layers.Dense(3, name="head")(layers.Add()([one, other])))
     spectra = tf_prune.layerwise_spectra(model, np.ones((2, 5)), verbose=0)
     ends = {name: spectrum.end for name, spectrum in spectra.items()}
-    assert ends == {"one": "its own output", "other": "the input of head", "head": "the input of logits"}
+    assert ends == {"one": "its own output", "other": "the input of head", "head": "logits"}
 
 
 def test_a_layer_that_is_called_twice_is_there_twice():
@@ -253,6 +254,78 @@ def test_a_layer_that_is_called_twice_is_there_twice():
     assert list(spectra) == ["shared", "shared@2", "head"]
     with pytest.raises(ValueError, match="'shared' is called 2 times when the model is called"):
         tf_prune.jacobian_spectrum(model, np.ones((2, 5)), start="shared", verbose=0)
+
+
+def test_a_softmax_head_is_measured_to_its_logits_layer_by_layer_too():
+    model = helpers.build("mlp_softmax")
+    head = tf_prune.layerwise_spectra(model, helpers.batch(2)[0], verbose=0)["head"]
+    expected = np.linalg.svd(model.get_layer("head").get_weights()[0].astype(float))[1]
+    assert head.end == "logits"
+    np.testing.assert_allclose(head.values, np.broadcast_to(expected, (2, 4)), rtol=1e-9)
+
+
+def test_all_that_a_layer_reads_counts_and_nothing_twice():
+    query, value, mask = keras.Input((3, 4)), keras.Input((5, 4)), keras.Input((3, 5), dtype="bool")
+    attention = layers.MultiHeadAttention(2, 3, name="attention")
+    model = keras.Model([query, value, mask], attention(query=query, value=value, attention_mask=mask))
+    generator = np.random.default_rng(0)
+    x = [generator.standard_normal((2, 3, 4)), generator.standard_normal((2, 5, 4)), np.ones((2, 3, 5), bool)]
+    spectrum = tf_prune.layerwise_spectra(model, (tuple(x), None), verbose=0)["attention"]
+    assert spectrum.shape == (12, 12 + 20)
+    assert spectrum.mean > 0
+    same = keras.Sequential([keras.Input((3, 4)), layers.GRU(4, return_sequences=True, name="gru")])
+    assert tf_prune.layerwise_spectra(same, x[0], verbose=0)["gru"].shape == (12, 12)
+
+
+def test_layers_with_several_outputs_are_measured_and_layers_can_be_left_out():
+    inputs = keras.Input((5, 3))
+    sequence, state = layers.GRU(4, return_state=True, return_sequences=True, name="encoder")(inputs)
+    outputs = layers.Dense(2, name="head")(layers.GRU(4, name="decoder")(sequence, initial_state=state))
+    model = keras.Model(inputs, outputs)
+    x = np.random.default_rng(0).standard_normal((2, 5, 3))
+    shapes = {name: s.shape for name, s in tf_prune.layerwise_spectra(model, x, verbose=0).items()}
+    assert shapes == {"encoder": (24, 15), "decoder": (4, 24), "head": (2, 4)}
+    without = tf_prune.layerwise_spectra(model, x, filters="coder", verbose=0)
+    assert (without["decoder"].shape, without["decoder"].end) == ((2, 24), "logits")
+    assert tf_prune.jacobian_spectrum(model, x, start="encoder", verbose=0).shape == (2, 24)
+
+
+def test_layers_of_a_wrapped_model_are_named_as_before():
+    model = helpers.build("mlp")
+    x, _ = helpers.batch(2)
+    one, other = (
+        tf_prune.jacobian_spectrum(m, x, start="hidden", end="head", verbose=0) for m in (model, tf_prune.wrap(model))
+    )
+    np.testing.assert_allclose(one.values, other.values, rtol=1e-12)
+
+
+def test_inputs_alone_come_in_every_form():
+    model = mlp("tanh", 5, 6, 3)
+    x = np.random.default_rng(0).integers(0, 9, (6, 5))
+    expected = tf_prune.jacobian_spectrum(model, x.astype(np.float64), verbose=0).values
+    for data in (x, x.astype(np.uint8), [x[:3], x[3:]], tf.data.Dataset.from_tensor_slices(x).batch(4)):
+        np.testing.assert_array_equal(tf_prune.jacobian_spectrum(model, data, verbose=0).values, expected)
+
+
+def test_examples_of_several_shapes_are_refused():
+    model = keras.Sequential([keras.Input((None, 4)), layers.GRU(3, return_sequences=True)])
+    with pytest.raises(ValueError, match="have one shape. Pad the examples"):
+        tf_prune.jacobian_spectrum(model, [np.ones((2, 5, 4)), np.ones((2, 3, 4))], verbose=0)
+
+
+class Counts(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.count = tf.Variable(0.0)
+
+    def call(self, x):
+        self.count.assign_add(1.0)
+        return x
+
+
+class Noisy(layers.Layer):
+    def call(self, x):
+        return x + tf.random.normal(tf.shape(x), dtype=x.dtype)
 
 
 def test_any_two_layers_can_be_named():
@@ -270,7 +343,9 @@ def test_integers_are_derived_by_behind_their_lookup():
         [keras.Input((6,), dtype="int32"), layers.Embedding(10, 4, name="table"), layers.Flatten(), layers.Dense(3)]
     )
     x = np.random.default_rng(0).integers(0, 10, (5, 6))
-    with pytest.raises(ValueError, match=r"takes integers, and nothing can be derived by them.*start=its name"):
+    with pytest.raises(
+        ValueError, match=r"takes integers or booleans, and nothing can be derived by them.*start=its name"
+    ):
         tf_prune.jacobian_spectrum(model, x, verbose=0)
     spectrum = tf_prune.jacobian_spectrum(model, x, start="table", verbose=0)
     assert spectrum.shape == (3, 24)
@@ -316,11 +391,14 @@ def two_outputs():
         (two_outputs, {}, "has 2 outputs, and a Jacobian is of one. Name it: end=the layer"),
         (two_outputs, {"start": "a", "end": "b"}, "b does not depend on a.*Choose a start that comes before"),
         (two_outputs, {"end": "c"}, "has no layers called 'c'. Start and end name one of: .*a, b"),
+        (lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3), Casts()]), {}, r"\(Cast\) computes in float32"),
         (
-            lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3), Casts()]),
+            lambda: keras.Sequential([keras.Input((4,)), Casts(), layers.Dense(3)]),
             {},
-            "is of type float32: a layer casts",
+            "computes in float32, and what comes out of it is not exact enough",
         ),
+        (lambda: keras.Sequential([keras.Input((4,)), Counts(), layers.Dense(3)]), {}, "writes a variable"),
+        (lambda: keras.Sequential([keras.Input((4,)), Noisy(), layers.Dense(3)]), {}, "draws random numbers"),
         (
             lambda: keras.Sequential([keras.Input((9,)), layers.Dense(3)]),
             {},

@@ -63,6 +63,11 @@ def test_a_critical_point_is_a_fixed_point_that_keeps_gradients(activation, bias
         assert abs(after - q) < abs(disturbed - q)
 
 
+def test_a_layer_counts_as_its_function():
+    name = tf_prune.mean_field_gain("elu", 1.0)
+    assert tf_prune.mean_field_gain(keras.layers.ELU(), 1.0) == pytest.approx(name, rel=1e-9)
+
+
 def test_without_biases_tanh_is_linear_and_every_variance_is_a_fixed_point_of_relu():
     assert tf_prune.critical_point("tanh") == tf_prune.CriticalPoint(0.0, pytest.approx(1, rel=1e-9), 0.0)
     assert tf_prune.critical_point("relu") == tf_prune.CriticalPoint(None, pytest.approx(2, rel=1e-12), 0.0)
@@ -92,6 +97,7 @@ def test_a_network_of_100_layers_keeps_the_variance_of_its_pre_activations(activ
         (lambda: tf_prune.next_variance("tanh", 1.0, math.inf), "weight_variance must be a non-negative number"),
         (lambda: tf_prune.mean_field_gain(keras.ops.sum, 1.0), "'sum' has no mean-field gain"),
         (lambda: tf_prune.mean_field_gain(keras.ops.sign, 1.0), "no finite slope"),
+        (lambda: tf_prune.critical_point("tanh_shrink"), "no stable critical point"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:You are using a softmax over axis")

@@ -29,6 +29,30 @@ def test_one_call_draws_one_png_that_matplotlib_can_read(name, tmp_path):
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
 
 
+def test_each_panel_shows_what_it_says():
+    from matplotlib.figure import Figure
+
+    generator = np.random.default_rng(0)
+    masks = {"a/kernel": generator.random((4, 3)) < 0.5, "b/kernel": generator.random((3, 2, 2)) < 0.5}
+    scores = {path: generator.standard_normal(mask.shape) for path, mask in masks.items()}
+    figure = Figure()
+    tf_prune.picture._draw(figure, {"before": spectrum([4, 2]), "after": spectrum([3, 0])}, masks, scores)
+    spectra, densities, sensitivities, *matrices = figure.axes
+    assert [text.get_text() for text in spectra.get_legend().get_texts()] == [
+        "before: condition number 2",
+        "after: condition number inf, 50% are 0",
+    ]
+    np.testing.assert_allclose([bar.get_width() for bar in densities.patches], [m.mean() for m in masks.values()])
+    total = sum(np.abs(score).sum() for score in scores.values())
+    medians = [line.get_xdata()[0] for line in sensitivities.lines if line.get_marker() == "|"]
+    np.testing.assert_allclose(medians, [np.median(np.abs(score)) / total for score in scores.values()])
+    drawn = [axes.images[0].get_array() for axes in matrices]
+    for image, mask in zip(drawn, masks.values(), strict=False):
+        np.testing.assert_array_equal(image, mask.reshape(-1, mask.shape[-1]))
+    for image, score in zip(drawn[2:], scores.values(), strict=True):
+        np.testing.assert_allclose(10.0**image, np.abs(score).reshape(-1, score.shape[-1]) / total)
+
+
 @pytest.mark.parametrize(
     "spectra",
     [{"isometry": spectrum([1, 1])}, {"cut": spectrum([0, 0])}, {}, {"both": spectrum([3, 0], [2, 1])}],

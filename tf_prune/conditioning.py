@@ -11,10 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.enforcement import apply_masks, fitted, masks_of
 from tf_prune.initializers import INITIALIZERS
 from tf_prune.isometry import LayerGain, MaskedIsometry
-from tf_prune.prunable import TRANSPOSED, Filters, find_prunable
+from tf_prune.masks import Masks
+from tf_prune.prunable import TRANSPOSED, Filters, find_kernels, find_prunable
 from tf_prune.structures import Layout
 
 
@@ -65,9 +66,9 @@ def _drawing(initializer: Any) -> Any:
         names = ", ".join(map(repr, INITIALIZERS))
         raise ValueError(f"Unknown initializer {initializer!r}. Expected one of Keras, or of {names}.") from error
     seed = getattr(initializer, "seed", None)
-    if isinstance(seed, int):  # which would give all kernels of a shape the same values
-        config = {**initializer.get_config(), "seed": keras.random.SeedGenerator(seed)}
-        initializer = type(initializer).from_config(config)
+    config = initializer.get_config() if isinstance(seed, int) and hasattr(initializer, "get_config") else {}
+    if "seed" in config:  # which would give all kernels of a shape the same values
+        initializer = type(initializer).from_config({**config, "seed": keras.random.SeedGenerator(seed)})
     return lambda shape: keras.ops.convert_to_numpy(initializer(shape, dtype="float32"))
 
 
@@ -123,7 +124,8 @@ def condition(
     fewer inputs than outputs), from the weights as they are. Meant for a model that was pruned and not trained yet: the
     weights change. A convolution is taken by its matrix: that of the circular convolution of images, which falls apart
     into one matrix for each frequency; strides are in it, zero padding is not. Gates of recurrent kernels are taken one
-    by one. Each iteration costs two products of a kernel with the square matrix of its smaller side.
+    by one. Each iteration costs two products of a kernel with the square matrix of its smaller side, and of a 3x3
+    convolution 15 complex ones: seconds for LeNet-300-100, minutes for a convolution of 256 channels.
 
     Args:
         model: A built `keras.Model`.
@@ -152,31 +154,27 @@ def condition(
         raise ValueError(f"gain must be a positive number, got {gain!r}.")
     if not (isinstance(max_iterations, int) and max_iterations > 0):
         raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}.")
-    masks = masks_of(model) if masks is None else {path: np.asarray(mask) for path, mask in masks.items()}
     survey = find_prunable(model)
+    masks = masks_of(model) if masks is None else fitted(find_kernels(model), Masks(masks))
     chosen = {path: masks[path] for path in survey.prunable if path in masks}
-    unknown = [path for path in masks if path not in survey.prunable and path not in survey.skipped]
-    if not chosen or unknown:
-        has = f"has no kernel called {unknown[0]!r}" if unknown else "has no masks"
+    if not chosen:
         raise ValueError(
-            f"The model {model.name!r} {has}, so there is nothing to condition: prune it before, or pass masks by the "
-            f"paths of its kernels, such as {next(iter(survey.prunable))!r}. Dense kernels become isometries by "
+            f"The model {model.name!r} has no masks, so there is nothing to condition: prune it before, or pass masks "
+            f"by the paths of its kernels, such as {next(iter(survey.prunable))!r}. Dense kernels become isometries by "
             'reinitialize(model, "orthogonal").'
         )
-    bar = keras.utils.Progbar(len(chosen), unit_name="kernel", verbose=verbose)
+    bar = keras.utils.Progbar(len(chosen) * max_iterations, unit_name="iteration", verbose=verbose)
     kernels, layers = {}, {}
-    for path, mask in chosen.items():
+    for i, (path, mask) in enumerate(chosen.items()):
         kernel = np.asarray(survey.prunable[path], np.float64)
-        if mask.shape != kernel.shape or mask.dtype != bool:
-            raise ValueError(
-                f"The mask of {path} is {mask.dtype} of shape {mask.shape}; expected bool of shape {kernel.shape}."
-            )
-        if mask.any() and not kernel[mask].any():
-            raise ValueError(f"All kept weights of {path} are zero: reinitialize the model before.")
+        if not np.isfinite(kernel).all() or (mask.any() and not kernel[mask].any()):
+            what = "zero" if np.isfinite(kernel).all() else "not finite"
+            raise ValueError(f"The kept weights of {path} are {what}. Begin with reinitialize(model, ...).")
         if mask.any():
             problem = _isometry(survey.layouts[path], survey.layers[path], mask, gain)
-            kernels[path], layers[path] = problem.solve(kernel, max_iterations)
-        bar.add(1)
+            kernels[path], layers[path] = problem.solve(kernel, max_iterations, lambda _: bar.add(1))
+            layers[path] = _with_dead(layers[path], survey.layouts[path], mask)
+        bar.update((i + 1) * max_iterations)  # most end before
     _assign(model, survey.prunable, kernels, {**masks_of(model), **masks})
     return ConditioningReport(layers)
 
@@ -187,10 +185,18 @@ def _isometry(layout: Layout, layer: keras.Layer, mask: np.ndarray, gain: float)
     return MaskedIsometry(layout, mask, tuple(getattr(layer, "strides", ())), gain)
 
 
+def _with_dead(layer: LayerGain, layout: Layout, mask: np.ndarray) -> LayerGain:
+    masks = layout.to_matrices(mask)
+    channels = np.any(masks.reshape(len(masks), -1, *masks.shape[-2:]), axis=1)
+    dead = [int(np.sum(~np.any(channels, axis=axis))) for axis in (2, 1)]
+    return dataclasses.replace(layer, dead_inputs=dead[0], dead_outputs=dead[1])
+
+
 class ConditionBeforeTraining(keras.callbacks.Callback):
     """`condition` when the first epoch of `fit` begins; the callback that prunes comes before it in the list.
 
-    A model that has been trained, as in a run that was interrupted and goes on, is left as it is.
+    A model whose optimizer has taken a step, as in a run that was interrupted and goes on, is left as it is. `compile`
+    begins anew: to fine-tune weights that were trained before, leave this callback out.
 
     Args:
         gain: As in `condition`.

@@ -80,7 +80,7 @@ def _moving_averages(optimizer: Any, variable: Any) -> list[keras.Variable]:
     return found + [average for known, average in averages if known is variable and average is not None]
 
 
-def _fitted(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def fitted(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The masks under this model's own paths; raises if they do not fit.
 
     Keras names variables anew when a model is built again or loaded: `mlp/hidden/kernel` comes back as `hidden/kernel`.
@@ -135,7 +135,7 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     check_model(model)
     variables = find_kernels(model)
     is_new = False
-    for path, mask in _fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
+    for path, mask in fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
         variable = variables[path]
         if not isinstance(variable.constraint, MaskConstraint):
             with model.distribute_strategy.scope():  # a mask on each device that has the weights

@@ -3,6 +3,7 @@
 The last two axes of a shape are inputs and outputs, as in Keras; the axes before them are the window of a convolution.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -41,9 +42,12 @@ class _Gain(keras.initializers.Initializer):
     def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
         raise NotImplementedError
 
-    def _normal(self, *shape: int) -> Any:
-        """One draw for all that a kernel needs; in float64, so that what is orthogonal is so to the last digit."""
-        return ops.cast(keras.random.normal(shape, seed=self.seed, dtype="float32"), "float64")
+    def _normals(self, *shapes: tuple[int, ...]) -> list[Any]:
+        """All that a kernel needs in one draw; in float64, so that what is orthogonal is so to the last digit."""
+        ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+        draw = ops.cast(keras.random.normal((ends[-1],), seed=self.seed, dtype="float32"), "float64")
+        parts = [draw[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
+        return [ops.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _orthogonal(normal: Any) -> Any:
@@ -78,7 +82,7 @@ class Orthogonal(_Gain):
 
     def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
         rows = math.prod(window) * inputs
-        matrix = _orthogonal(self._normal(max(rows, outputs), min(rows, outputs)))
+        matrix = _orthogonal(*self._normals((max(rows, outputs), min(rows, outputs))))
         return ops.reshape(matrix if rows >= outputs else ops.transpose(matrix), (*window, inputs, outputs))
 
 
@@ -143,18 +147,15 @@ class ConvolutionOrthogonal(_Gain):
     def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
         width, narrow = max(inputs, outputs), min(inputs, outputs)
         axes = [axis for axis, n in enumerate(window) for _ in range(n - 1)]
-        normal = self._normal(1 + len(axes), width, width + 1)
-        matrix = _orthogonal(normal[0, :, :narrow])
-        kernel = ops.reshape(ops.transpose(matrix), (*[1] * len(window), narrow, width))
-        for axis, draw in zip(axes, normal[1:], strict=True):
+        first, *normals = self._normals((width, narrow), *[(width, width + 1)] * len(axes))
+        kernel = ops.reshape(ops.transpose(_orthogonal(first)), (*[1] * len(window), narrow, width))
+        for axis, draw in zip(axes, normals, strict=True):
             columns = _orthogonal(draw[:, :-1]) * ops.cast(draw[:, -1] > 0, "float64")
             projection = columns @ ops.transpose(columns)
-            first = kernel @ projection
-            second = kernel - first
-            pad = [(0, 0)] * (len(window) + 2)
-            after, before = [*pad], [*pad]
-            after[axis], before[axis] = (0, 1), (1, 0)
-            kernel = ops.pad(first, after) + ops.pad(second, before)
+            projected = kernel @ projection
+            after, before = ([[0, 0] for _ in range(len(window) + 2)] for _ in range(2))
+            after[axis][1] = before[axis][0] = 1
+            kernel = ops.pad(projected, after) + ops.pad(kernel - projected, before)
         if inputs <= outputs:
             return kernel
         return ops.moveaxis(kernel, -1, -2)

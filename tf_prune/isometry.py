@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,18 @@ class LayerGain:
         floor: The least gap of any weights under this mask: √(1 - rank / size), where rank is the structural one.
             Weights of ±g on a largest matching of inputs and outputs, and 0 elsewhere, have it.
         size: The number of singular values.
+        iterations: Of the optimizer.
         dead_inputs: Inputs (channels, of each gate or group) of which no weight is left; they count for nothing.
         dead_outputs: The same of outputs.
-        iterations: Of the optimizer.
     """
 
     before: float
     after: float
     floor: float
     size: int
-    dead_inputs: int
-    dead_outputs: int
     iterations: int
+    dead_inputs: int = 0
+    dead_outputs: int = 0
 
     @property
     def gain(self) -> float:
@@ -58,8 +59,6 @@ class MaskedIsometry:
         self._mask = mask
         self._gain = gain
         masks = layout.to_matrices(mask)
-        channels: np.ndarray = np.any(masks.reshape(len(masks), -1, *masks.shape[-2:]), axis=1)
-        self._dead = int((~channels.any(2)).sum()), int((~channels.any(1)).sum())
         window = masks.shape[1:-2]
         self._strides = strides if len(strides) == len(window) else (1,) * len(window)
         self._axes = tuple(range(1, 1 + len(window)))
@@ -75,22 +74,24 @@ class MaskedIsometry:
 
         self._rank = sum(structural_rank(csr_array(one)) for one in connected)
 
-    def solve(self, kernel: np.ndarray, max_iterations: int) -> tuple[np.ndarray, LayerGain]:
+    def solve(
+        self, kernel: np.ndarray, max_iterations: int, after_each: Callable[[Any], None]
+    ) -> tuple[np.ndarray, LayerGain]:
         """The kernel with the kept weights that are nearest to an isometry, and what that gained."""
         from scipy.optimize import minimize
 
         weights = kernel[self._mask]
         before = self.gap(weights)
         size = int(self._sizes.sum())
-        norm = np.sum(np.abs(self._transfers(weights)) ** 2) / math.prod(self._grid)
+        norm = self._mean_square(self._transfers(weights))
         start = weights * self._gain * math.sqrt(size / norm)  # of the right size, as the zero kernel is a saddle
         options = {"maxiter": max_iterations, "maxfun": 10**9}
-        found = minimize(self._value, start, jac=True, method="L-BFGS-B", options=options)
+        found = minimize(self._value, start, jac=True, method="L-BFGS-B", options=options, callback=after_each)
         weights = min(weights, found.x, key=self.gap)
         floor = math.sqrt(max(0.0, 1 - self._rank / size))
         result = np.zeros(self._mask.shape)
         result[self._mask] = weights
-        return result, LayerGain(before, self.gap(weights), floor, size, *self._dead, int(found.nit))
+        return result, LayerGain(before, self.gap(weights), floor, size, int(found.nit))
 
     def gap(self, weights: np.ndarray) -> float:
         """The isometry gap, of the kept weights in their order."""
@@ -103,27 +104,33 @@ class MaskedIsometry:
         for i, a in enumerate(transfers):
             one, gradient[i] = self._of_one(a, bool(self._is_wide[i]), self._inputs[i], self._outputs[i])
             value += one
-        count = math.prod(self._grid)
-        return value / count, self._back(gradient)
+        return value, self._back(gradient)
 
     def _of_one(self, a: np.ndarray, is_wide: bool, inputs: np.ndarray, outputs: np.ndarray) -> tuple[float, Any]:
         adjoint = np.conj(np.swapaxes(a, -1, -2))
         difference = a @ adjoint if is_wide else adjoint @ a
         difference -= self._gain**2 * np.diag((inputs if is_wide else outputs).astype(np.float64))
         gradient = difference @ a if is_wide else a @ difference
-        return 0.25 * float(np.sum(np.abs(difference) ** 2)), gradient
+        return 0.25 * self._mean_square(difference), gradient
+
+    def _mean_square(self, transfers: np.ndarray) -> float:
+        """The sum of squares, the mean over frequencies; those that the transform leaves out are conjugates."""
+        squares = np.sum(np.abs(transfers) ** 2, axis=(-2, -1))
+        if not self._axes:
+            return float(np.sum(squares))
+        return float(2 * np.sum(squares) - np.sum(squares[..., 0])) / math.prod(self._grid)
 
     def _transfers(self, weights: np.ndarray) -> np.ndarray:
         """(copies, *frequencies, inputs, outputs); a dense kernel itself."""
         kernel = np.zeros(self._mask.shape)
         kernel[self._mask] = weights
         phases = self._phases(self._layout.to_matrices(kernel))
-        return np.fft.fftn(phases, self._grid, self._axes) if self._axes else phases
+        return np.fft.rfftn(phases, self._grid, self._axes) if self._axes else phases
 
     def _back(self, gradient: np.ndarray) -> np.ndarray:
         """The gradient by the kept weights from that by the transfers: the adjoint of `_transfers`."""
         if self._axes:
-            gradient = np.real(np.fft.ifftn(gradient, self._grid, self._axes))
+            gradient = np.fft.irfftn(gradient, self._grid, self._axes)
         return self._layout.from_matrices(self._merged(gradient))[self._mask]
 
     def _phases(self, matrices: np.ndarray) -> np.ndarray:

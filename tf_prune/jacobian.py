@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -12,8 +13,8 @@ import tensorflow as tf
 
 from tf_prune.batches import Batches
 from tf_prune.gradients import computing_in_float64
-from tf_prune.noise import check_no_state
-from tf_prune.prunable import check_model, find_kernels
+from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
+from tf_prune.prunable import Filters, check_model, find_kernels, matches
 from tf_prune.spectrum import Spectrum, singular_values
 
 _MOST_ENTRIES = 2**23  # of the Jacobians that are computed at once: 64 MiB
@@ -25,14 +26,15 @@ def jacobian_spectrum(
 ) -> Spectrum:
     """Singular values of the Jacobian `J = ∂ end / ∂ start` at every example.
 
-    Without names it is the input-output Jacobian of the logits: of what enters a final softmax or sigmoid. Batch
+    Without names it is the input-output Jacobian of the logits: of what enters a final softmax or sigmoid of Keras. (Of
+    a softmax that something follows, or in `TimeDistributed`, nothing is known: `end=` names the layer before.) Batch
     normalization uses its moving statistics, dropout is off, nothing of the model changes. All is computed in float64
     from the weights as they are, whatever precision the model trains in, so that condition numbers up to 1e12 are true.
 
     Args:
         model: A built `keras.Model`, dense, pruned or `Masked`. Several inputs count as one long vector, and so does an
             output that is a sequence or an image.
-        data: Inputs `x`, an `(x, y)` batch or an iterable of them; labels are not used. Streamed: what is kept of
+        data: Inputs `x`, an `(x, y)` batch or an iterable of either; labels are not used. Streamed: what is kept of
             an example is its singular values.
         start: Name of the layer whose output to derive by; `None` is the model's input.
         end: Name of the layer whose output to derive; `None` is the logits.
@@ -42,8 +44,9 @@ def jacobian_spectrum(
         A `Spectrum`.
 
     Raises:
-        ValueError: If there is no derivative (integer inputs, several outputs, layers that are not connected), the
-            Jacobian of one example is too large, or it is not finite; says what to do.
+        ValueError: If there is no derivative (integer inputs, several outputs, layers that are not connected), if
+            something on the way computes in less than float64, draws random numbers or writes a variable, or if the
+            Jacobian of one example is too large or not finite; says what to do.
 
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, kernel_initializer="orthogonal")])
     >>> spectrum = jacobian_spectrum(model, np.ones((5, 8)), verbose=0)
@@ -55,25 +58,30 @@ def jacobian_spectrum(
     check_model(model)
     layers = {name: _layer(model, name) for name in (start, end) if name is not None}
 
-    def ends(calls: list["_Call"], inputs: Any, outputs: Any) -> list["_Segment"]:
+    def ends(calls: list["_Call"], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
         source = inputs if start is None else _only_call(calls, layers[start]).outputs
         target = _logits(model, outputs) if end is None else _only_call(calls, layers[end]).outputs
-        return [_Segment(start or "inputs", end or "logits", source, target)]
+        return [_Segment(start or "inputs", end or "logits", source, target, [])]
 
     return _spectra(model, data, list(layers.values()), ends, start is None, verbose)[0]
 
 
-def layerwise_spectra(model: keras.Model, data: Any, *, verbose: int = 1) -> dict[str, Spectrum]:
+def layerwise_spectra(
+    model: keras.Model, data: Any, *, filters: Filters = None, verbose: int = 1
+) -> dict[str, Spectrum]:
     """Singular values of the Jacobian `J^{l-1,l}` of each layer that has kernels, by the layer's name.
 
     `J^{l-1,l} = D^l W^l`: from the layer's input to the input of the next such layer that is called, with all that lies
     between (activation, normalization, pooling); of the last one to the logits. In a chain their product is the
-    input-output Jacobian. A layer that the next one does not depend on, as beside a shortcut, is measured to its own
-    output. Layerwise dynamical isometry is an `isometry_gap` near 0 of each.
+    input-output Jacobian. A layer that does not lead to the next one, as beside a shortcut, is measured to its own
+    output. Several inputs or outputs of a layer count as one long vector. Layerwise dynamical isometry is an
+    `isometry_gap` near 0 of each.
 
     Args:
         model: As in `jacobian_spectrum`. A layer that is called several times is there as `name`, `name@2`, ...
-        data: As in `jacobian_spectrum`; a few examples say much, and Jacobians of convolutions are large.
+        data: As in `jacobian_spectrum`; a few examples say much, and Jacobians of convolutions are large: one of
+            1024 x 1024 takes seconds.
+        filters: Which layers; see `find_prunable`. One that is left out belongs to the layer before it.
         verbose: 1 shows a progress bar.
 
     Returns:
@@ -89,13 +97,15 @@ def layerwise_spectra(model: keras.Model, data: Any, *, verbose: int = 1) -> dic
     Source: Lee et al. 2020, Eq. 6 and Sec. 4.1.2.
     """
     check_model(model)
-    layers = list(dict.fromkeys(_with_kernels(model)))
+    layers = [layer for layer in dict.fromkeys(_with_kernels(model)) if matches(layer, filters)]
+    if not layers:
+        raise ValueError(f"The model {model.name!r} has no layer with kernels that filters={filters!r} chooses.")
 
-    def chain(calls: list["_Call"], inputs: Any, outputs: Any) -> list["_Segment"]:
+    def chain(calls: list["_Call"], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
         following = [call.inputs for call in calls[1:]] + [_logits(model, outputs)]
-        names = [call.layer.name for call in calls[1:]] + ["logits"]
+        names = [f"the input of {call.layer.name}" for call in calls[1:]] + ["logits"]
         return [
-            _Segment(call.layer.name, f"the input of {name}", call.inputs, target, call.outputs)
+            _Segment(call.layer.name, name, call.inputs, target, call.outputs)
             for call, target, name in zip(calls, following, names, strict=True)
         ]
 
@@ -111,11 +121,11 @@ def layerwise_spectra(model: keras.Model, data: Any, *, verbose: int = 1) -> dic
 
 @dataclasses.dataclass
 class _Call:
-    """One call of a layer while the model is traced."""
+    """One call of a layer while the model is traced: all that is not an integer of what enters and leaves it."""
 
     layer: keras.Layer
-    inputs: Any
-    outputs: Any
+    inputs: list[tf.Tensor]
+    outputs: list[tf.Tensor]
 
 
 @dataclasses.dataclass
@@ -124,16 +134,18 @@ class _Segment:
 
     start: str
     end: str
-    source: Any
-    target: Any
-    through: Any = None
-    instead: Any = None  # `through` as one vector an example
+    source: list[tf.Tensor]
+    target: list[tf.Tensor]
+    through: list[tf.Tensor]
 
 
 def _layer(model: keras.Model, name: str) -> keras.Layer:
-    found = [layer for layer in model._flatten_layers(include_self=False) if layer.name == name]
+    everything = list(model._flatten_layers(include_self=False))
+    inside = [getattr(layer, "layer", None) for layer in everything]
+    found = [layer for layer in everything if layer.name == name]
+    found = [layer for layer in found if len(found) == 1 or not any(layer is one for one in inside)]  # the outer ones
     if len(found) != 1:
-        names = ", ".join(dict.fromkeys(layer.name for layer in model._flatten_layers(include_self=False)))
+        names = ", ".join(dict.fromkeys(layer.name for layer in everything))
         raise ValueError(
             f"The model {model.name!r} has {len(found) or 'no'} layers called {name!r}. Start and end name one of: "
             f"{names}."
@@ -159,17 +171,24 @@ def _only_call(calls: list[_Call], layer: keras.Layer) -> _Call:
     return found[0]
 
 
+def _floats(*values: Any) -> list[tf.Tensor]:
+    """The tensors among these that can be derived, each once; logits in the place of probabilities."""
+    leaves = [leaf for leaf in keras.tree.flatten(values) if tf.is_tensor(leaf) and leaf.dtype.is_floating]
+    leaves = [getattr(leaf, "_keras_logits", leaf) for leaf in leaves]
+    return list({id(leaf): leaf for leaf in leaves}.values())
+
+
 @contextlib.contextmanager
 def _watched(layers: list[keras.Layer], tape: tf.GradientTape, calls: list[_Call]) -> Iterator[None]:
     """Notes what enters and leaves these layers while a function is traced, and makes it known to the tape."""
 
     def watching(layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            inputs = next(leaf for leaf in keras.tree.flatten((args, kwargs)) if tf.is_tensor(leaf))
-            tape.watch(inputs) if inputs.dtype.is_floating else None
+            inputs = _floats(args, kwargs)
+            tape.watch(inputs)
             outputs = call(*args, **kwargs)
-            tape.watch([leaf for leaf in keras.tree.flatten(outputs) if leaf.dtype.is_floating])
-            calls.append(_Call(layer, inputs, outputs))
+            tape.watch(_floats(outputs))
+            calls.append(_Call(layer, inputs, _floats(outputs)))
             return outputs
 
         return watched
@@ -184,39 +203,38 @@ def _watched(layers: list[keras.Layer], tape: tf.GradientTape, calls: list[_Call
             object.__delattr__(layer, "call") if call is None else object.__setattr__(layer, "call", call)
 
 
-def _logits(model: keras.Model, outputs: Any) -> tf.Tensor:
+def _logits(model: keras.Model, outputs: Any) -> list[tf.Tensor]:
     leaves = keras.tree.flatten(outputs)
     if len(leaves) != 1:
         raise ValueError(
-            f"The model {model.name!r} has {len(leaves)} outputs, and a Jacobian is of one. Name it: end=the layer "
-            "that makes it."
+            f"The model {model.name!r} has {len(leaves)} outputs, and a Jacobian is of one. Name the layer that makes "
+            "it by end=..., or measure keras.Model(model.inputs, that output)."
         )
-    return getattr(leaves[0], "_keras_logits", leaves[0])
+    return _floats(leaves)
 
 
-def _only_tensor(value: Any, name: str) -> tf.Tensor:
-    leaves = keras.tree.flatten(value)
-    if len(leaves) != 1:
-        raise ValueError(f"The layer {name!r} has {len(leaves)} outputs, and a Jacobian is of one. Name another layer.")
-    return leaves[0]
-
-
-def _flattened(segment: _Segment) -> _Segment:
-    """With a list of sources, and ends that are one vector an example."""
-
-    def flat(value: Any, name: str) -> Any:
-        tensor = _only_tensor(value, name)
-        return tf.reshape(tensor, [-1, int(np.prod(tensor.shape[1:]))])
-
-    return dataclasses.replace(
-        segment,
-        source=segment.source if isinstance(segment.source, list) else [_only_tensor(segment.source, segment.start)],
-        target=flat(segment.target, segment.end),
-        instead=None if segment.through is None else flat(segment.through, segment.start),
-    )
+def _flat(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Several tensors as one vector an example, in a list; an empty list stays empty."""
+    flat = [tf.reshape(tensor, [-1, int(np.prod(tensor.shape[1:]))]) for tensor in tensors]
+    return [tf.concat(flat, 1)] if len(flat) > 1 else flat
 
 
 # -- what is computed ---------------------------------------------------------------------------------
+
+# What enters a loop or a call leaves it again among its outputs, weights too.
+_CONTAINERS = re.compile("(Stateless)?(While|If)|(Stateful)?PartitionedCall")
+
+
+def _first_in_low_precision(graph: tf.Graph, sources: list[tf.Tensor]) -> tf.Operation | None:
+    """The first operation on the way from the sources that computes in less than float64."""
+    reached = {tensor.name for tensor in sources}
+    for operation in graph.get_operations():
+        if any(tensor.name in reached for tensor in operation.inputs):
+            floats = [tensor for tensor in operation.outputs if tensor.dtype.is_floating]
+            if any(tensor.dtype != tf.float64 for tensor in floats) and not _CONTAINERS.fullmatch(operation.type):
+                return operation
+            reached.update(tensor.name for tensor in floats if tensor.dtype == tf.float64)
+    return None
 
 
 class _Traced:
@@ -227,30 +245,35 @@ class _Traced:
         self._layers = layers
         self._segments = segments
         self._by_inputs = by_inputs
+        self._shapes = [leaf.shape[1:] for leaf in keras.tree.flatten(x)]
         self.found: list[tuple[str, str, tuple[int, int]]] = []
         check_no_state(model)
         specs = keras.tree.map_structure(lambda leaf: tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype), x)
-        function = tf.function(self._jacobians, autograph=False)
         try:
-            self._function = function.get_concrete_function(specs)
+            with noise_off(model):
+                self._function = tf.function(self._jacobians, autograph=False).get_concrete_function(specs)
         except (tf.errors.OpError, TypeError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ValueError(
-                f"The model {model.name!r} cannot be computed in float64 on these inputs: "
-                f"{lines[-1] if lines else error}. "
-                "Check that x fits the model, and that no layer of its own asks for float32."
+                f"The model {model.name!r} cannot be computed in float64 on these inputs: {_cause(error)}. Check that "
+                "x fits the model, that no layer of its own asks for float32, and that none is quantized."
             ) from error
 
     def __call__(self, x: Any) -> list[np.ndarray]:
+        shapes = [leaf.shape[1:] for leaf in keras.tree.flatten(x)]
+        if shapes != self._shapes:
+            raise ValueError(
+                f"A batch has examples of shape {shapes}, the first one of {self._shapes}: Jacobians of one spectrum "
+                "have one shape. Pad the examples, or measure those of each shape by themselves."
+            )
         jacobians = self._function(*[keras.tree.map_structure(tf.convert_to_tensor, x)])
         return [singular_values(np.asarray(memoryview(jacobian))) for jacobian in jacobians]
 
     def _jacobians(self, x: Any) -> list[tf.Tensor]:
-        inputs = [leaf for leaf in keras.tree.flatten(x) if leaf.dtype.is_floating]
+        inputs = _floats(x)
         if self._by_inputs and len(inputs) < len(keras.tree.flatten(x)):
             raise ValueError(
-                f"The model {self._model.name!r} takes integers, and nothing can be derived by them. Begin behind the "
-                "layer that looks them up: start=its name, such as that of the embedding."
+                f"The model {self._model.name!r} takes integers or booleans, and nothing can be derived by them. Begin "
+                "behind the layer that takes them: start=its name, such as that of the embedding."
             )
         calls: list[_Call] = []
         with (
@@ -261,58 +284,79 @@ class _Traced:
         ):
             tape.watch(inputs)
             outputs = self._model(x, training=False)
-            segments = [_flattened(segment) for segment in self._segments(calls, inputs, outputs)]
-        return [self._of_segment(tape, segment) for segment in segments]
-
-    def _of_segment(self, tape: tf.GradientTape, segment: _Segment) -> tf.Tensor:
-        sources, target = segment.source, segment.target
-        if target.dtype != tf.float64:
-            raise ValueError(
-                f"{segment.end} of the model {self._model.name!r} is of type {target.dtype.name}: a layer casts what "
-                "it computes, and its derivative would be that of what is left. Let it compute in self.compute_dtype."
+            segments = self._segments(calls, inputs, outputs)
+            ends = [(_flat(segment.target), _flat(segment.through)) for segment in segments]
+        jacobians = [self._of_segment(tape, segment, *end) for segment, end in zip(segments, ends, strict=True)]
+        graph = tf.compat.v1.get_default_graph()
+        low = _first_in_low_precision(graph, [*inputs, *(source for segment in segments for source in segment.source)])
+        problem = why_not_repeatable(graph)
+        if low is not None:
+            problem = (
+                f"{low.name!r} ({low.type}) computes in {low.outputs[0].dtype.name}, and what comes out of it is not "
+                "exact enough to be decomposed. Let a layer of your own compute in self.compute_dtype; TensorFlow has "
+                "some operations, such as bilinear resizing, in float32 only: choose start and end on one side of it."
             )
-        end = segment.end
-        through = sources if segment.through is None else keras.tree.flatten(segment.through)
-        if all(gradient is None for gradient in tape.gradient(target, through)):
-            if segment.instead is None:
-                raise ValueError(
-                    f"{segment.end} does not depend on {segment.start}, or only by integers. Choose a start that comes "
-                    "before the end."
-                )
-            target, end = segment.instead, "its own output"
-        outputs, sizes = target.shape[1], [int(np.prod(source.shape[1:])) for source in sources]
+        if problem:
+            raise ValueError(problem)  # before it runs
+        return jacobians
+
+    def _of_segment(
+        self, tape: tf.GradientTape, segment: _Segment, target: list[tf.Tensor], through: list[tf.Tensor]
+    ) -> tf.Tensor:
+        sources, end = segment.source, segment.end
+        if not sources:
+            raise ValueError(f"The layer {segment.start!r} takes integers, and nothing can be derived by them. {_OUT}")
+        if target and all(gradient is None for gradient in tape.gradient(target, segment.through or sources)):
+            target, end = through, "its own output"
+        if not target:
+            raise ValueError(
+                f"{segment.end} does not depend on {segment.start}, or only by integers. Choose a start that comes "
+                "before the end."
+            )
+        outputs, sizes = target[0].shape[1], [int(np.prod(source.shape[1:])) for source in sources]
         if outputs * sum(sizes) > _MOST_OF_ONE:
             raise ValueError(
                 f"The Jacobian of {end} by {segment.start} is {outputs} x {sum(sizes)} for each example, which is too "
-                "large to decompose. Choose a start and an end with fewer values, or a model for smaller images."
+                f"large to decompose. Take a model for smaller images, or a start and an end with fewer values. {_OUT}"
             )
         self.found.append((segment.start, end, (outputs, sum(sizes))))
         parts = [
-            tf.reshape(tape.batch_jacobian(target, source, experimental_use_pfor=False), [-1, outputs, size])
+            tf.reshape(tape.batch_jacobian(target[0], source, experimental_use_pfor=False), [-1, outputs, size])
             for source, size in zip(sources, sizes, strict=True)
         ]
         return tf.concat(parts, -1) if len(parts) > 1 else parts[0]
 
 
+_OUT = "Layer by layer, leave it out with filters=..."
+
+
+def _cause(error: Exception) -> str:
+    """What a layer that failed says, without what Keras writes around it."""
+    text = re.sub("\x1b\\[[0-9]*m", "", str(error))
+    lines = [line.strip() for line in text.split("Arguments received by")[0].splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Exception encountered", "in user code", "File "))]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def _spectra(
     model: keras.Model, data: Any, layers: list[keras.Layer], segments: Any, by_inputs: bool, verbose: int
 ) -> list[Spectrum]:
-    is_array = hasattr(data, "shape") and hasattr(data, "dtype")
-    batches = Batches((data, None) if is_array else data)
+    batches = Batches(_labelled(data))
     stream = iter(batches)
     first = next(stream)
-    traced = _Traced(model, layers, segments, by_inputs, _in_float64(first[0]))
-    fixed = model.inputs[0].shape[0] if getattr(model, "inputs", None) else None
+    types = [tensor.dtype for tensor in getattr(model, "inputs", None) or ()]
+    example = keras.tree.map_structure(lambda leaf: leaf[:1], first[0])
+    traced = _Traced(model, layers, segments, by_inputs, _in_float64(example, types))
+    fixed = model.inputs[0].shape[0] if types else None
     size = fixed or max(1, _MOST_ENTRIES // max(m * n for _, _, (m, n) in traced.found))
-    is_single = is_array or isinstance(data, tuple)
+    is_single = isinstance(_labelled(data), tuple)
     bar = keras.utils.Progbar(_length(first[0]) if is_single else None, unit_name="example", verbose=verbose)
     values: list[list[np.ndarray]] = [[] for _ in traced.found]
     done = 0
     for x, _, _ in itertools.chain([first], stream):
-        x = _in_float64(x)
         for begin in range(0, _length(x), size):
             part = keras.tree.map_structure(lambda leaf, begin=begin: leaf[begin : begin + size], x)
-            count = _length(part)
+            part, count = _in_float64(part, types), _length(part)
             if fixed:
                 part = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *leaf.shape[1:])), part)
             for list_, value in zip(values, traced(part), strict=True):
@@ -334,12 +378,34 @@ def _spectrum(model: keras.Model, values: np.ndarray, start: str, end: str, shap
     return Spectrum(values, shape, start, end)
 
 
-def _in_float64(x: Any) -> Any:
-    def convert(leaf: Any) -> np.ndarray:
-        array = keras.ops.convert_to_numpy(leaf)
-        return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype == "bfloat16" else array
+class _Labelled:
+    """Batches of inputs alone as `(x, None)`; those that have labels as they are."""
 
-    return keras.tree.map_structure(convert, x)
+    def __init__(self, data: Any):
+        self._data = data
+        self.cardinality = getattr(data, "cardinality", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch if isinstance(batch, tuple) else (batch, None) for batch in self._data)
+
+
+def _labelled(data: Any) -> Any:
+    if isinstance(data, tuple) or data is None or isinstance(data, keras.utils.PyDataset):
+        return data
+    if (hasattr(data, "shape") and hasattr(data, "dtype")) or isinstance(data, Mapping):
+        return data, None
+    return _Labelled(data) if isinstance(data, Iterable) else data
+
+
+def _in_float64(x: Any, types: list[str]) -> Any:
+    """Floats in float64, and integers too where the model takes floats."""
+    leaves = [keras.ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(x)]
+    types = types if len(types) == len(leaves) else [str(leaf.dtype) for leaf in leaves]
+    converted = [
+        leaf.astype(np.float64) if keras.backend.is_float_dtype(type_) and leaf.dtype.kind != "b" else leaf
+        for leaf, type_ in zip(leaves, types, strict=True)
+    ]
+    return keras.tree.pack_sequence_as(x, converted)
 
 
 def _length(x: Any) -> int:

@@ -42,6 +42,8 @@ class CriticalPoint:
 
 
 def _function(activation: Any) -> Callable[[np.ndarray], np.ndarray]:
+    if isinstance(activation, keras.Layer):  # which would compute in its own precision
+        activation = type(activation).from_config({**activation.get_config(), "dtype": "float64"})
     activation = keras.activations.get(activation)
 
     def function(values: np.ndarray) -> np.ndarray:
@@ -128,7 +130,7 @@ def mean_field_gain(activation: Any, variance: float) -> float:
 
 def _gain(function: Callable[[np.ndarray], np.ndarray], variance: float) -> float:
     slope = _moments(function, variance)[1]
-    if not (math.isfinite(slope) and slope > 0):
+    if not (math.isfinite(slope) and slope > 1e-6):
         raise ValueError(f"The activation has no finite slope at pre-activations of variance {variance:g}.")
     return 1 / math.sqrt(slope)
 
@@ -165,7 +167,7 @@ def critical_point(activation: Any, bias_variance: float = 0.0) -> CriticalPoint
     if abs(function(np.zeros(1))[0]) < _TOLERANCE and bias_variance == 0:
         if all(abs(surplus(q)) < _TOLERANCE for q in (1e-3, 1.0, 1e3)):
             return CriticalPoint(None, _gain(function, 1.0) ** 2, 0.0)
-        if surplus(1e-3) > -_TOLERANCE:  # falls to 0 from any side
+        if surplus(1e-3) > -_TOLERANCE and _moments(function, 1e-12)[1] > 1e-3:  # falls to 0 from any side
             return CriticalPoint(0.0, _gain(function, 1e-12) ** 2, 0.0)
     for low, high in itertools.pairwise(_VARIANCES.tolist()):
         if math.copysign(1, surplus(low)) != (sign := math.copysign(1, surplus(high))):

@@ -23,8 +23,8 @@ def draw_propagation(
 
     Above: the singular values of each spectrum, pooled, on a logarithmic scale; which fraction of each kernel is kept;
     the connection sensitivity `s = |score| / Σ|score|` of each kernel's weights, as median and quantiles. Below, as far
-    as they are given, the mask of each kernel (kept is white) and its sensitivity, as matrices of inputs by outputs; of
-    more than 8 kernels, 8.
+    as they are given, the mask of each kernel (kept is white) and its sensitivity, as matrices with the kernel's last
+    axis from left to right; of more than 8 kernels, 8.
 
     Args:
         file: Where to write; its folder is made. An existing file is replaced.
@@ -49,12 +49,24 @@ def draw_propagation(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("draw_propagation needs matplotlib: pip install matplotlib.") from error
-    masks, scores = masks or {}, scores or {}
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw(figure, spectra, masks or {}, scores or {})
+    if title:
+        figure.suptitle(title)
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, format="png")
+    return file
+
+
+def _draw(
+    figure: Any, spectra: Mapping[str, Spectrum], masks: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray]
+) -> None:
     paths = list(dict.fromkeys([*masks, *scores]))
     shown = paths if len(paths) <= _MOST_PATTERNS else [paths[i] for i in _evenly(len(paths), _MOST_PATTERNS)]
     rows = bool(masks) + bool(scores)
-    figure = Figure(figsize=(13, 4.5 + 1.9 * rows + 0.12 * max(0, len(paths) - 8)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure.set_size_inches(13, 4.5 + 1.9 * rows + 0.12 * max(0, len(paths) - 8))
     upper, *lower = figure.subfigures(1 + rows, 1, height_ratios=[3.6, *[1.6] * rows], squeeze=False)[:, 0]
     panels = upper.subplots(1, 3)
     _draw_spectra(panels[0], spectra)
@@ -72,12 +84,6 @@ def draw_propagation(
             with np.errstate(divide="ignore"):
                 images = {path: np.log10(np.abs(image) / total) for path, image in images.items()}
         _draw_matrices(part, images, label)
-    if title:
-        figure.suptitle(title)
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120, format="png")
-    return file
 
 
 def _evenly(count: int, number: int) -> list[int]:

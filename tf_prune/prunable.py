@@ -69,7 +69,8 @@ def check_model(model: object) -> None:
         )
 
 
-def _matches(layer: keras.Layer, filters: Filters) -> bool:
+def matches(layer: keras.Layer, filters: Filters) -> bool:
+    """Whether the filters choose this layer."""
     if filters is None:
         return True
     if callable(filters):
@@ -226,7 +227,7 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Sequence
     for path, variable in weights_by_path(model).items():
         layer = owners.get(id(variable))
         reason = _why_not(layer, variable, include)
-        if layer is not None and reason is None and not _matches(layer, filters):
+        if layer is not None and reason is None and not matches(layer, filters):
             reason = "not chosen by filters"
         elif reason is None and not variable.trainable:
             reason = "frozen: its layer is not trainable"

@@ -97,12 +97,13 @@ def _quotient(largest: Any, smallest: Any) -> float:
 def singular_values(jacobians: np.ndarray) -> np.ndarray:
     """Those of each matrix, in a row from the largest on: rounding errors as 0, and NaN where a matrix is not finite.
 
-    By QR and then SVD of the small factor, which is exact to rounding errors of the largest.
+    By QR, where a matrix is long, and then SVD of the small factor: exact to rounding errors of the largest value.
     """
     tall = jacobians if jacobians.shape[1] >= jacobians.shape[2] else jacobians.transpose(0, 2, 1)
     is_finite = np.isfinite(tall).all((1, 2))
     tall = tall if is_finite.all() else tall[is_finite]
     values = np.full((len(jacobians), tall.shape[2]), np.nan)
-    values[is_finite] = np.linalg.svd(np.linalg.qr(tall, mode="r"), compute_uv=False)
+    small = np.linalg.qr(tall, mode="r") if 2 * tall.shape[1] > 3 * tall.shape[2] else tall
+    values[is_finite] = np.linalg.svd(small, compute_uv=False)
     values[values <= _RANK_TOLERANCE * values[:, :1]] = 0.0
     return values
