@@ -252,7 +252,7 @@ def test_wrong_arguments_leave_the_model_as_it_was(options, message):
 def test_kept_weights_that_are_all_zero_are_an_error():
     model = helpers.build("mlp")
     model.get_layer("head").kernel.assign(np.zeros((16, 4)))
-    with pytest.raises(ValueError, match="The kept weights of mlp/head/kernel are zero. Begin with reinitialize"):
+    with pytest.raises(ValueError, match=r"The kept weights of mlp/head/kernel are zero. Begin with reinitialize"):
         tf_prune.condition(model, {"mlp/head/kernel": np.ones((16, 4), bool)}, verbose=0)
 
 

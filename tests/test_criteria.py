@@ -19,6 +19,11 @@ EVERY = pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.
 ON_EVERY_MODEL = pytest.mark.parametrize("name", helpers.MODELS)
 
 
+def slow(*values):  # noqa: N802 - stands among the values of a table
+    """A row that is left to `pytest -m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def criterion_of(method):
     return getattr(method, "criterion", method)
 
@@ -68,7 +73,7 @@ def test_counts_are_exact_and_a_layer_that_is_emptied_is_told(method, name, recw
 
 
 @EVERY
-@pytest.mark.parametrize("name", ["mlp", "conv_bn", "recurrent", "attention", "separable"])
+@pytest.mark.parametrize("name", ["mlp", "recurrent", "separable", slow("conv_bn"), slow("attention")])
 def test_every_scope_keeps_exact_counts_of_the_groups_of_every_structure(method, name):
     model = helpers.build(name)
     survey = tf_prune.find_prunable(model)
@@ -128,7 +133,8 @@ def test_permuting_hidden_units_permutes_the_scores(method):
 
 @EVERY
 @pytest.mark.parametrize(
-    ("name", "policy"), [("conv_bn", "mixed_bfloat16"), ("conv_bn", "mixed_float16"), ("recurrent", "mixed_float16")]
+    ("name", "policy"),
+    [("conv_bn", "mixed_bfloat16"), ("conv_bn", "mixed_float16"), slow("recurrent", "mixed_float16")],
 )
 def test_mixed_precision_prunes_exactly_too(method, name, policy):
     keras.config.set_dtype_policy(policy)
@@ -139,7 +145,7 @@ def test_mixed_precision_prunes_exactly_too(method, name, policy):
 
 
 @EVERY
-@pytest.mark.parametrize("name", ["conv_bn", "recurrent"])
+@pytest.mark.parametrize("name", ["conv_bn", slow("recurrent")])
 def test_xla_gives_the_same_scores(method, name):
     plain, compiled = helpers.build(name), helpers.build(name)
     compiled.compile("sgd", plain.loss, jit_compile=True)

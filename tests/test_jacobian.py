@@ -304,12 +304,13 @@ def test_inputs_alone_come_in_every_form():
     x = np.random.default_rng(0).integers(0, 9, (6, 5))
     expected = tf_prune.jacobian_spectrum(model, x.astype(np.float64), verbose=0).values
     for data in (x, x.astype(np.uint8), [x[:3], x[3:]], tf.data.Dataset.from_tensor_slices(x).batch(4)):
-        np.testing.assert_array_equal(tf_prune.jacobian_spectrum(model, data, verbose=0).values, expected)
+        values = tf_prune.jacobian_spectrum(model, data, verbose=0).values
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
 def test_examples_of_several_shapes_are_refused():
     model = keras.Sequential([keras.Input((None, 4)), layers.GRU(3, return_sequences=True)])
-    with pytest.raises(ValueError, match="have one shape. Pad the examples"):
+    with pytest.raises(ValueError, match=r"have one shape. Pad the examples"):
         tf_prune.jacobian_spectrum(model, [np.ones((2, 5, 4)), np.ones((2, 3, 4))], verbose=0)
 
 
@@ -388,10 +389,10 @@ def two_outputs():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (two_outputs, {}, "has 2 outputs, and a Jacobian is of one. Name it: end=the layer"),
+        (two_outputs, {}, "has 2 outputs, and a Jacobian is of one. Name the layer that makes it by end="),
         (two_outputs, {"start": "a", "end": "b"}, "b does not depend on a.*Choose a start that comes before"),
         (two_outputs, {"end": "c"}, "has no layers called 'c'. Start and end name one of: .*a, b"),
-        (lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3), Casts()]), {}, r"\(Cast\) computes in float32"),
+        (lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3), Casts()]), {}, r"\(Cast\) computes in float"),
         (
             lambda: keras.Sequential([keras.Input((4,)), Casts(), layers.Dense(3)]),
             {},
