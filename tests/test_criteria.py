@@ -19,7 +19,7 @@ EVERY = pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.
 ON_EVERY_MODEL = pytest.mark.parametrize("name", helpers.MODELS)
 
 
-def slow(*values):  # noqa: N802 - stands among the values of a table
+def slow(*values):
     """A row that is left to `pytest -m slow`."""
     return pytest.param(*values, marks=pytest.mark.slow)
 

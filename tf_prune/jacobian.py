@@ -37,7 +37,7 @@ def jacobian_spectrum(
         data: Inputs `x`, an `(x, y)` batch or an iterable of either; labels are not used. Streamed: what is kept of
             an example is its singular values.
         start: Name of the layer whose output to derive by; `None` is the model's input.
-        end: Name of the layer whose output to derive; `None` is the logits.
+        end: Name of the layer whose output to derive, of a softmax what enters it; `None` is the logits.
         verbose: 1 shows a progress bar.
 
     Returns:
@@ -60,7 +60,7 @@ def jacobian_spectrum(
 
     def ends(calls: list["_Call"], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
         source = inputs if start is None else _only_call(calls, layers[start]).outputs
-        target = _logits(model, outputs) if end is None else _only_call(calls, layers[end]).outputs
+        target = _logits(model, outputs) if end is None else _on_logits(_only_call(calls, layers[end]).outputs)
         return [_Segment(start or "inputs", end or "logits", source, target, [])]
 
     return _spectra(model, data, list(layers.values()), ends, start is None, verbose)[0]
@@ -105,7 +105,7 @@ def layerwise_spectra(
         following = [call.inputs for call in calls[1:]] + [_logits(model, outputs)]
         names = [f"the input of {call.layer.name}" for call in calls[1:]] + ["logits"]
         return [
-            _Segment(call.layer.name, name, call.inputs, target, call.outputs)
+            _Segment(call.layer.name, name, call.inputs, target, _on_logits(call.outputs))
             for call, target, name in zip(calls, following, names, strict=True)
         ]
 
@@ -172,10 +172,14 @@ def _only_call(calls: list[_Call], layer: keras.Layer) -> _Call:
 
 
 def _floats(*values: Any) -> list[tf.Tensor]:
-    """The tensors among these that can be derived, each once; logits in the place of probabilities."""
+    """The tensors among these that can be derived, each once."""
     leaves = [leaf for leaf in keras.tree.flatten(values) if tf.is_tensor(leaf) and leaf.dtype.is_floating]
-    leaves = [getattr(leaf, "_keras_logits", leaf) for leaf in leaves]
     return list({id(leaf): leaf for leaf in leaves}.values())
+
+
+def _on_logits(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    """What entered a softmax or sigmoid in the place of what left it."""
+    return [getattr(tensor, "_keras_logits", tensor) for tensor in tensors]
 
 
 @contextlib.contextmanager
@@ -210,7 +214,7 @@ def _logits(model: keras.Model, outputs: Any) -> list[tf.Tensor]:
             f"The model {model.name!r} has {len(leaves)} outputs, and a Jacobian is of one. Name the layer that makes "
             "it by end=..., or measure keras.Model(model.inputs, that output)."
         )
-    return _floats(leaves)
+    return _on_logits(_floats(leaves))
 
 
 def _flat(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
