@@ -43,7 +43,7 @@ class Config:
     initializer: str = ""
     gamma: float = 1.0
     retrain_initializer: str = ""
-    condition: bool = False
+    condition_gain: float = 0.0
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ _HELP = {
     "initializer": "Of the kernels; empty for the network's own.",
     "gamma": "Variance of the initializer scaled_gaussian.",
     "retrain_initializer": "Draws the kernels anew between pruning and training; empty to train what was pruned.",
-    "condition": "Whether the pruned network is made near-isometric before training.",
+    "condition_gain": "Singular values that the pruned kernels are brought near to before training; 0 leaves them.",
 }
 _CHOICES = {
     "method": tuple(tf_prune.METHODS),
@@ -95,8 +95,6 @@ def _define_flags() -> None:
     for field in dataclasses.fields(Config):
         if field.name in _CHOICES:
             flags.DEFINE_enum(field.name, field.default, _CHOICES[field.name], _HELP[field.name])
-        elif isinstance(field.default, bool):
-            flags.DEFINE_bool(field.name, field.default, _HELP[field.name])
         elif isinstance(field.default, int):
             lowest = 0 if field.name in ("seed", "epochs") else 1
             flags.DEFINE_integer(field.name, field.default, _HELP[field.name], lower_bound=lowest)
@@ -186,8 +184,8 @@ def pruning(config: Config, data: datasets.Dataset, verbose: int = 0) -> list[ke
             verbose=verbose,
         )
     ]
-    if config.condition:
-        callbacks.append(tf_prune.ConditionBeforeTraining(verbose=verbose))
+    if config.condition_gain:
+        callbacks.append(tf_prune.ConditionBeforeTraining(config.condition_gain, verbose=verbose))
     if config.retrain_initializer:
         # Of another seed: the same one would give the weights that were pruned, only of another size.
         callbacks.append(_Reinitialize(initializer_of(config.retrain_initializer, config, 1_000_003 + config.seed)))

@@ -152,8 +152,8 @@ def measure(
     )
     spectra["after pruning"] = tf_prune.jacobian_spectrum(model, x, verbose=verbose)
     gaps = []
-    if config.condition:
-        gains = tf_prune.condition(model, verbose=verbose).values()
+    if config.condition_gain:
+        gains = tf_prune.condition(model, gain=config.condition_gain, verbose=verbose).values()
         gaps = [(gain.before, gain.after, gain.floor) for gain in gains]
         spectra["after conditioning"] = tf_prune.jacobian_spectrum(model, x, verbose=verbose)
     return spectra, report.masks, scores, gaps
@@ -274,23 +274,29 @@ def _num_weights(model: str, shape: Sequence[int], classes: int) -> int:
 def conditioning(runs: Runs) -> str:
     """What `condition` does to the condition number, to the gaps of the layers, and to the error."""
     rows = []
-    for model in ("mlp_tanh_7", "lenet_300_100"):
+    for model, gains in (("mlp_tanh_7", (1.0, 0.6)), ("lenet_300_100", (1.0,))):
         for initializer in ("orthogonal", "glorot_normal"):
-            measured = runs.spectra(model=model, initializer=initializer, condition=True)
-            cells = []
-            for name in ("mean_condition_number", "pooled_condition_number", "condition_number_of_means"):
-                pair = [
-                    [one["spectra"][f"after {what}"][name] for one in measured] for what in ("pruning", "conditioning")
-                ]
-                cells.append(" → ".join(_middle(values) for values in pair))
-            gaps = np.median([one["gaps"] for one in measured], 0)
-            cells.append(", ".join(f"{before:.2f} → {after:.2g}" for before, after, _ in gaps))
-            for condition in (False, True):
-                cells.append(_mean(runs.errors(model=model, initializer=initializer, condition=condition)))
-            rows.append([f"{model}, {initializer}", *cells])
-    header = ["network", "CN, mean of examples", "CN, pooled", "CN, of means", "isometry gap of each layer"]
+            plain = runs.errors(model=model, initializer=initializer)
+            for gain in gains:
+                changes = {"model": model, "initializer": initializer, "condition_gain": gain}
+                measured = runs.spectra(**changes)
+                cells = [_change(measured, name) for name in ("mean_condition_number", "pooled_condition_number")]
+                before, after, _ = np.median([one["gaps"] for one in measured], 0).T
+                cells.append(f"{before.min():.2f} to {before.max():.2f} → {after.min():.1g} to {after.max():.1g}")
+                cells += [_mean(plain), _mean(runs.errors(**changes))]
+                rows.append([f"{model}, {initializer}", f"{gain:g}", *cells])
+    header = ["network", "gain", "CN, mean of examples", "CN, pooled", "isometry gaps of the layers"]
     header += ["error without, in %", "error with"]
     return _markdown(f"Conditioning after {runs.config.method} at {runs.config.sparsity:g}", header, rows)
+
+
+def _change(measured: Sequence[dict[str, Any]], name: str) -> str:
+    """From after pruning to after conditioning, and before pruning in parentheses: medians of the seeds."""
+    dense, pruned, after = (
+        _middle([one["spectra"][f"{when} {what}"][name] for one in measured])
+        for when, what in (("before", "pruning"), ("after", "pruning"), ("after", "conditioning"))
+    )
+    return f"{pruned} → {after} (dense {dense})"
 
 
 TABLES: dict[str, Callable[[Runs], str]] = {
@@ -305,7 +311,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 
 def draw(config: common.Config, data_dir: str | None, images: int, file: Path) -> None:
     """The picture of one configuration, always with conditioning."""
-    config = dataclasses.replace(config, condition=True)
+    config = dataclasses.replace(config, condition_gain=config.condition_gain or 1.0)
     spectra, masks, scores, _ = measure(config, datasets.load(config.dataset, data_dir), images, verbose=1)
     for label, spectrum in spectra.items():
         print(f"{label}: {spectrum}")

@@ -149,7 +149,7 @@ def test_pruned_networks_are_drawn_anew_and_conditioned_before_training():
     config = dataclasses.replace(config, score_batches=1, epochs=1, learning_rate=1e-9)
     plain, _ = common.train(config, data)
     anew, _ = common.train(dataclasses.replace(config, retrain_initializer="glorot_normal"), data)
-    conditioned, _ = common.train(dataclasses.replace(config, condition=True), data)
+    conditioned, _ = common.train(dataclasses.replace(config, condition_gain=1.0), data)
     kernels = [np.asarray(model.layers[1].kernel) for model in (plain, anew, conditioned)]
     assert len({(kernel != 0).tobytes() for kernel in kernels}) == 1
     assert kernels[0][kernels[0] != 0].std() == pytest.approx(2, rel=0.5)
