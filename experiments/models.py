@@ -145,11 +145,6 @@ def resnet8_narrow(input_shape: Sequence[int], num_classes: int) -> keras.Model:
     return _resnet(input_shape, num_classes, (8, 16, 32), 1, "resnet8_narrow")
 
 
-def resnet8_wide(input_shape: Sequence[int], num_classes: int) -> keras.Model:
-    """The same of twice the width: 307,296 prunable weights on CIFAR-10."""
-    return _resnet(input_shape, num_classes, (32, 64, 128), 1, "resnet8_wide")
-
-
 def _bottleneck_block(x, filters: int, strides: int):
     y = _conv_bn(x, filters, kernel_size=1)
     y = _conv_bn(y, filters, strides=strides)
@@ -195,7 +190,6 @@ MODELS: dict[str, Callable[[Sequence[int], int], keras.Model]] = {
     "gru": gru,
     "resnet8_narrow": resnet8_narrow,
     "resnet8": resnet8,
-    "resnet8_wide": resnet8_wide,
     "resnet32x2": resnet32x2,
     "resnet50": resnet50,
     "vgg19": vgg19,

@@ -242,13 +242,13 @@ def table_5(runs: Runs) -> str:
 
 
 def figure_2(runs: Runs) -> str:
-    """Sculpting: a narrow dense network, and wide ones that are pruned to as many weights, without labels."""
+    """Sculpting: a narrow dense network, and a wide one that is pruned to as many weights, without labels."""
     dataset = "cifar10" if runs.config.dataset == "mnist" else runs.config.dataset  # digits in the tests
     config = dataclasses.replace(runs.config, dataset=dataset)
     shape, classes = runs.data(config).input_shape, runs.data(config).num_classes
     target = _num_weights("resnet8_narrow", shape, classes)
     rows = []
-    for model in ("resnet8_narrow", "resnet8", "resnet8_wide"):
+    for model in ("resnet8_narrow", "resnet8"):
         size = _num_weights(model, shape, classes)
         is_dense = size == target
         errors = runs.errors(

@@ -23,7 +23,6 @@ PRUNABLE = {
     ("lenet_5_caffe", (28, 28, 1)): (430_500, 4),
     ("resnet8", (32, 32, 3)): (77_360, 10),
     ("resnet8_narrow", (32, 32, 3)): (19_608, 10),
-    ("resnet8_wide", (32, 32, 3)): (307_296, 10),
     **{
         (f"mlp_{name}_{k}", (28, 28, 1)): (79_400 + 10_000 * (k - 2), k)
         for name in ("linear", "tanh")
@@ -116,7 +115,7 @@ def test_the_tables_of_signal_propagation_show_the_papers_figures_and_nothing_is
     for name, part in tables.items():
         monkeypatch.setattr(signal_propagation, name, part)
     with flagsaver.flagsaver(
-        epochs=1, method="snip", score_batches=1, spectrum_images=5, runs=["0"], output_dir=str(tmp_path),
+        dataset="digits", epochs=1, score_batches=1, spectrum_images=5, runs=["0"], output_dir=str(tmp_path),
         tables=["1", "2", "3", "5"],
     ):  # fmt: skip
         signal_propagation.main()
@@ -135,7 +134,8 @@ def test_the_tables_of_signal_propagation_show_the_papers_figures_and_nothing_is
 def test_the_picture_of_a_configuration_is_drawn(tmp_path, capsys):
     file = tmp_path / "picture.png"
     with flagsaver.flagsaver(
-        model="mlp_tanh_3", initializer="orthogonal", sparsity=0.5, method="snip", score_batches=1, spectrum_images=5,
+        dataset="digits", model="mlp_tanh_3", initializer="orthogonal", sparsity=0.5, score_batches=1,
+        spectrum_images=5,
         picture=str(file),
     ):  # fmt: skip
         signal_propagation.main()

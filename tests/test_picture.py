@@ -12,7 +12,7 @@ def spectrum(*rows):
     return tf_prune.Spectrum(np.array(rows, float), (2, 3))
 
 
-@pytest.mark.parametrize("name", ["mlp", "separable", "recurrent"])
+@pytest.mark.parametrize("name", ["mlp", "separable"])
 def test_one_call_draws_one_png_that_matplotlib_can_read(name, tmp_path):
     from matplotlib import image
 

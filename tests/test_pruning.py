@@ -29,7 +29,7 @@ def flat(masks):
 
 
 @pytest.mark.parametrize("make", [tf_prune.FORCE, tf_prune.IterativeSNIP])
-@pytest.mark.parametrize("name", ["mlp", "conv_bn", "recurrent"])
+@pytest.mark.parametrize("name", ["mlp", "conv_bn", pytest.param("recurrent", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*left no weight in")  # small nets, high sparsity
 def test_one_step_equals_snip_on_the_same_batches(make, name):
     data = [helpers.batch(seed=i) for i in range(3)]
