@@ -17,7 +17,7 @@ from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.prunable import Filters, check_model, find_kernels, matches
 from tf_prune.spectrum import Spectrum, singular_values
 
-_MOST_ENTRIES = 2**23  # of the Jacobians that are computed at once: 64 MiB
+_MOST_ENTRIES = 2**22  # of the Jacobians that are computed at once: 32 MiB
 _MOST_OF_ONE = 2**27  # of one of them: 1 GiB
 
 
