@@ -23,7 +23,9 @@ def fit(model, *callbacks, epochs=1):
 
 
 @pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS.keys())
-@pytest.mark.parametrize("name", ["conv_bn", "residual", "subclassed", "nested"])
+@pytest.mark.parametrize(
+    "name", ["conv_bn", "subclassed", *(pytest.param(n, marks=pytest.mark.slow) for n in ("residual", "nested"))]
+)
 @pytest.mark.filterwarnings("ignore:.*left no weight in")
 def test_fit_prunes_a_plain_model_and_keeps_it_pruned(make, name):
     if name == "subclassed" and make is CALLBACKS["synflow"]:

@@ -15,13 +15,17 @@ from tf_prune.gradients import Derivatives
 from tf_prune.scopes import num_kept
 from tf_prune.structures import cut_into_groups
 
-EVERY = pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.METHODS.keys())
-ON_EVERY_MODEL = pytest.mark.parametrize("name", helpers.MODELS)
-
 
 def slow(*values):
     """A row that is left to `pytest -m slow`."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def on_every_model(*left_to_slow):
+    return pytest.mark.parametrize("name", [slow(n) if n in left_to_slow else n for n in helpers.MODELS])
+
+
+EVERY = pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.METHODS.keys())
 
 
 def criterion_of(method):
@@ -45,7 +49,7 @@ def score(model, method, **options):
 
 
 @EVERY
-@ON_EVERY_MODEL
+@on_every_model("mlp_softmax", "residual", "nested", "recurrent", "attention")
 def test_scores_are_finite_have_the_kernels_form_and_leave_the_model(method, name):
     model = helpers.build(name)
     before = helpers.state(model)
@@ -61,9 +65,7 @@ def test_scores_are_finite_have_the_kernels_form_and_leave_the_model(method, nam
 
 
 @EVERY
-@pytest.mark.parametrize(
-    "name", [slow(name) if name in ("mlp_softmax", "residual", "nested") else name for name in helpers.MODELS]
-)
+@on_every_model("mlp_softmax", "residual", "nested")
 def test_counts_are_exact_and_a_layer_that_is_emptied_is_told(method, name, recwarn):
     model = helpers.build(name)
     size = sum(score.size for score in score_by_magnitude(model).values())
@@ -136,7 +138,7 @@ def test_permuting_hidden_units_permutes_the_scores(method):
 @EVERY
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("conv_bn", "mixed_bfloat16"), ("conv_bn", "mixed_float16"), slow("recurrent", "mixed_float16")],
+    [("conv_bn", "mixed_float16"), slow("conv_bn", "mixed_bfloat16"), slow("recurrent", "mixed_float16")],
 )
 def test_mixed_precision_prunes_exactly_too(method, name, policy):
     keras.config.set_dtype_policy(policy)

@@ -84,13 +84,13 @@ def test_a_comparison_prints_its_table_and_does_nothing_twice(tmp_path, capsys, 
         "score_batches": 1,
         "methods": ["snip", "random"],
         "sparsities": ["0.5", "0.9"],
-        "seeds": ["0", "1"],
+        "seeds": ["0"],
         "output_dir": str(tmp_path),
     }
     with flagsaver.flagsaver(**arguments):
         compare_methods.main()
         first = capsys.readouterr().out
-        assert len(list((tmp_path / "runs").iterdir())) == 2 + 8
+        assert len(list((tmp_path / "runs").iterdir())) == 1 + 4
         monkeypatch.setattr(common, "train", lambda *_: 1 / 0)
         compare_methods.main()
     assert capsys.readouterr().out == first

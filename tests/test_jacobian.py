@@ -160,7 +160,7 @@ def test_large_batches_are_cut(monkeypatch):
     np.testing.assert_allclose(tf_prune.jacobian_spectrum(model, x, verbose=0).values, whole, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", helpers.MODELS)
+@pytest.mark.parametrize("name", ["mlp_softmax", "conv_bn", "nested", "recurrent"])
 def test_nothing_of_the_model_changes_and_it_computes_as_before(name):
     model = helpers.build(name)
     data = helpers.batch()

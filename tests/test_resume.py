@@ -15,7 +15,7 @@ import tf_prune
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("saving", "kills"), [("backup", 1), ("checkpoint", 1)])
+@pytest.mark.parametrize(("saving", "kills"), [("backup", 1), pytest.param("checkpoint", 1, marks=pytest.mark.slow)])
 def test_runs_that_are_killed_come_back_with_their_masks(saving, kills):
     command = [sys.executable, "-m", "benchmarks.kill_and_resume", f"--kills={kills}", f"--saving={saving}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
