@@ -1,7 +1,7 @@
 """What a user calls `data`, as a stream of checked `(x, y, sample_weight)` batches."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -236,3 +236,23 @@ def class_balanced(data: Any, examples_per_class: int = 10, num_classes: int | N
     return keras.tree.map_structure(lambda *leaves: np.stack(leaves), *(x for x, _ in pairs)), np.stack(
         [y for _, y in pairs]
     )
+
+
+class _Labelled:
+    """Batches of inputs alone as `(x, None)`; those that have labels as they are."""
+
+    def __init__(self, data: Any):
+        self._data = data
+        self.cardinality = getattr(data, "cardinality", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch if isinstance(batch, tuple) else (batch, None) for batch in self._data)
+
+
+def maybe_unlabelled(data: Any) -> Any:
+    """The data for `Batches` where labels are not needed: inputs alone, or batches of them, get `None` for labels."""
+    if isinstance(data, tuple) or data is None or isinstance(data, keras.utils.PyDataset):
+        return data
+    if (hasattr(data, "shape") and hasattr(data, "dtype")) or isinstance(data, Mapping):
+        return data, None
+    return _Labelled(data) if isinstance(data, Iterable) else data

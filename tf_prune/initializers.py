@@ -3,6 +3,7 @@
 The last two axes of a shape are inputs and outputs, as in Keras; the axes before them are the window of a convolution.
 """
 
+import abc
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import keras
 from keras import ops
 
 
-class _Gain(keras.initializers.Initializer):
+class _Gain(keras.initializers.Initializer, abc.ABC):
     """An initializer that multiplies an isometry by a gain.
 
     A seed that is an integer gives the same values at each call, as everywhere in Keras.
@@ -39,8 +40,14 @@ class _Gain(keras.initializers.Initializer):
         kernel = self.gain * self._isometry(shape[:-2], shape[-2], shape[-1])
         return ops.cast(kernel, dtype or keras.config.floatx())
 
+    @abc.abstractmethod
     def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
-        raise NotImplementedError
+        """The kernel for a gain of 1."""
+
+    def _matrix(self, rows: int, columns: int) -> Any:
+        """An orthogonal matrix, or the part of one."""
+        matrix = _orthogonal(*self._normals((max(rows, columns), min(rows, columns))))
+        return matrix if rows >= columns else ops.transpose(matrix)
 
     def _normals(self, *shapes: tuple[int, ...]) -> list[Any]:
         """All that a kernel needs in one draw; in float64, so that what is orthogonal is so to the last digit."""
@@ -81,9 +88,7 @@ class Orthogonal(_Gain):
     """
 
     def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
-        rows = math.prod(window) * inputs
-        matrix = _orthogonal(*self._normals((max(rows, outputs), min(rows, outputs))))
-        return ops.reshape(matrix if rows >= outputs else ops.transpose(matrix), (*window, inputs, outputs))
+        return ops.reshape(self._matrix(math.prod(window) * inputs, outputs), (*window, inputs, outputs))
 
 
 @keras.saving.register_keras_serializable(package="tf_prune")
@@ -112,7 +117,7 @@ class DeltaOrthogonal(_Gain):
     """
 
     def _isometry(self, window: tuple[int, ...], inputs: int, outputs: int) -> Any:
-        matrix = Orthogonal._isometry(self, (), inputs, outputs)
+        matrix = self._matrix(inputs, outputs)
         center = [(n - 1) // 2 for n in window]  # where Keras's "same" has it
         padding = [(c, n - 1 - c) for c, n in zip(center, window, strict=True)]
         return ops.pad(ops.reshape(matrix, (*[1] * len(window), inputs, outputs)), [*padding, (0, 0), (0, 0)])
@@ -161,8 +166,22 @@ class ConvolutionOrthogonal(_Gain):
         return ops.moveaxis(kernel, -1, -2)
 
 
+class _Untruncated(keras.initializers.VarianceScaling):
+    """Variance scaling by a normal distribution that is not truncated."""
+
+    _SCALE: float
+    _MODE: str
+
+    def __init__(self, seed: Any = None):
+        super().__init__(self._SCALE, self._MODE, "untruncated_normal", seed)
+
+    def get_config(self) -> dict[str, Any]:
+        """What makes it again."""
+        return {"seed": super().get_config()["seed"]}
+
+
 @keras.saving.register_keras_serializable(package="tf_prune")
-class LeCunNormal(keras.initializers.VarianceScaling):
+class LeCunNormal(_Untruncated):
     """`w ~ N(0, 1 / fan_in)`, not truncated: VS-L of the paper.
 
     Args:
@@ -174,16 +193,11 @@ class LeCunNormal(keras.initializers.VarianceScaling):
     Source: LeCun et al. 1998; Lee et al. 2020, Table 3, whose code does not truncate. Keras's own does.
     """
 
-    def __init__(self, seed: Any = None):
-        super().__init__(1.0, "fan_in", "untruncated_normal", seed)
-
-    def get_config(self) -> dict[str, Any]:
-        """What makes it again."""
-        return {"seed": super().get_config()["seed"]}
+    _SCALE, _MODE = 1.0, "fan_in"
 
 
 @keras.saving.register_keras_serializable(package="tf_prune")
-class GlorotNormal(keras.initializers.VarianceScaling):
+class GlorotNormal(_Untruncated):
     """`w ~ N(0, 2 / (fan_in + fan_out))`, not truncated: VS-G of the paper.
 
     Args:
@@ -195,16 +209,11 @@ class GlorotNormal(keras.initializers.VarianceScaling):
     Source: Glorot and Bengio 2010; Lee et al. 2020, Table 3, whose code does not truncate. Keras's own does.
     """
 
-    def __init__(self, seed: Any = None):
-        super().__init__(1.0, "fan_avg", "untruncated_normal", seed)
-
-    def get_config(self) -> dict[str, Any]:
-        """What makes it again."""
-        return {"seed": super().get_config()["seed"]}
+    _SCALE, _MODE = 1.0, "fan_avg"
 
 
 @keras.saving.register_keras_serializable(package="tf_prune")
-class HeNormal(keras.initializers.VarianceScaling):
+class HeNormal(_Untruncated):
     """`w ~ N(0, 2 / fan_in)`, not truncated: VS-H of the paper.
 
     Args:
@@ -216,12 +225,7 @@ class HeNormal(keras.initializers.VarianceScaling):
     Source: He et al. 2015; Lee et al. 2020, Table 3, whose code does not truncate. Keras's own does.
     """
 
-    def __init__(self, seed: Any = None):
-        super().__init__(2.0, "fan_in", "untruncated_normal", seed)
-
-    def get_config(self) -> dict[str, Any]:
-        """What makes it again."""
-        return {"seed": super().get_config()["seed"]}
+    _SCALE, _MODE = 2.0, "fan_in"
 
 
 @keras.saving.register_keras_serializable(package="tf_prune")

@@ -135,8 +135,6 @@ class MaskedIsometry:
 
     def _phases(self, matrices: np.ndarray) -> np.ndarray:
         """A convolution of the phases of a strided image: `window / stride` taps of `stride x inputs` inputs."""
-        if all(stride == 1 for stride in self._strides):
-            return matrices
         count, *window, inputs, outputs = matrices.shape
         taps = [-(-n // s) for n, s in zip(window, self._strides, strict=True)]
         fill = [(0, t * s - n) for t, s, n in zip(taps, self._strides, window, strict=True)]
@@ -153,8 +151,6 @@ class MaskedIsometry:
         count, *window, inputs, outputs = self._layout.to_matrices(self._mask).shape
         taps = [-(-n // s) for n, s in zip(window, self._strides, strict=True)]
         phases = phases[(slice(None), *(slice(t) for t in taps))]
-        if all(stride == 1 for stride in self._strides):
-            return phases
         rank = len(window)
         split = phases.reshape(count, *taps, *self._strides, inputs, outputs)
         order = [0, *(axis for i in range(rank) for axis in (1 + i, 1 + rank + i)), 1 + 2 * rank, 2 + 2 * rank]

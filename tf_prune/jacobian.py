@@ -1,20 +1,19 @@
 """What a network does to a signal: spectra of its Jacobians, from its input to its logits and layer by layer."""
 
-import contextlib
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.batches import Batches
-from tf_prune.gradients import computing_in_float64
+from tf_prune.batches import Batches, maybe_unlabelled
+from tf_prune.calls import Call, floats, layer_called, layers_with_kernels, on_logits, only_call, watched
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
-from tf_prune.prunable import Filters, check_model, find_kernels, matches
+from tf_prune.precision import computing_in_float64
+from tf_prune.prunable import Filters, check_model, matches
 from tf_prune.spectrum import Spectrum, singular_values
 
 _MOST_ENTRIES = 2**22  # of the Jacobians that are computed at once: 32 MiB
@@ -56,11 +55,11 @@ def jacobian_spectrum(
     Source: Lee et al. 2020, Eq. 3 and Table 2; the logits and the pooling are those of their code.
     """
     check_model(model)
-    layers = {name: _layer(model, name) for name in (start, end) if name is not None}
+    layers = {name: layer_called(model, name) for name in (start, end) if name is not None}
 
-    def ends(calls: list["_Call"], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
-        source = inputs if start is None else _only_call(calls, layers[start]).outputs
-        target = _logits(model, outputs) if end is None else _on_logits(_only_call(calls, layers[end]).outputs)
+    def ends(calls: list[Call], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
+        source = inputs if start is None else only_call(calls, layers[start]).outputs
+        target = _logits(model, outputs) if end is None else on_logits(only_call(calls, layers[end]).outputs)
         return [_Segment(start or "inputs", end or "logits", source, target, [])]
 
     return _spectra(model, data, list(layers.values()), ends, start is None, verbose)[0]
@@ -97,15 +96,15 @@ def layerwise_spectra(
     Source: Lee et al. 2020, Eq. 6 and Sec. 4.1.2.
     """
     check_model(model)
-    layers = [layer for layer in dict.fromkeys(_with_kernels(model)) if matches(layer, filters)]
+    layers = [layer for layer in dict.fromkeys(layers_with_kernels(model)) if matches(layer, filters)]
     if not layers:
         raise ValueError(f"The model {model.name!r} has no layer with kernels that filters={filters!r} chooses.")
 
-    def chain(calls: list["_Call"], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
+    def chain(calls: list[Call], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
         following = [call.inputs for call in calls[1:]] + [_logits(model, outputs)]
         names = [f"the input of {call.layer.name}" for call in calls[1:]] + ["logits"]
         return [
-            _Segment(call.layer.name, name, call.inputs, target, _on_logits(call.outputs))
+            _Segment(call.layer.name, name, call.inputs, target, on_logits(call.outputs))
             for call, target, name in zip(calls, following, names, strict=True)
         ]
 
@@ -120,15 +119,6 @@ def layerwise_spectra(
 
 
 @dataclasses.dataclass
-class _Call:
-    """One call of a layer while the model is traced: all that is not an integer of what enters and leaves it."""
-
-    layer: keras.Layer
-    inputs: list[tf.Tensor]
-    outputs: list[tf.Tensor]
-
-
-@dataclasses.dataclass
 class _Segment:
     """From where to where a Jacobian goes; it ends at `through` if that does not lead to `target`."""
 
@@ -139,74 +129,6 @@ class _Segment:
     through: list[tf.Tensor]
 
 
-def _layer(model: keras.Model, name: str) -> keras.Layer:
-    everything = list(model._flatten_layers(include_self=False))
-    inside = [getattr(layer, "layer", None) for layer in everything]
-    found = [layer for layer in everything if layer.name == name]
-    found = [layer for layer in found if len(found) == 1 or not any(layer is one for one in inside)]  # the outer ones
-    if len(found) != 1:
-        names = ", ".join(dict.fromkeys(layer.name for layer in everything))
-        raise ValueError(
-            f"The model {model.name!r} has {len(found) or 'no'} layers called {name!r}. Start and end name one of: "
-            f"{names}."
-        )
-    return found[0]
-
-
-def _with_kernels(model: keras.Model) -> Iterator[keras.Layer]:
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _with_kernels(layer)
-        elif find_kernels(layer, ()):
-            yield layer
-
-
-def _only_call(calls: list[_Call], layer: keras.Layer) -> _Call:
-    found = [call for call in calls if call.layer is layer]
-    if len(found) != 1:
-        raise ValueError(
-            f"The layer {layer.name!r} is called {len(found)} times when the model is called, so it has "
-            f"{'no output' if not found else 'several outputs'}. Name a layer that is called once, outside of loops."
-        )
-    return found[0]
-
-
-def _floats(*values: Any) -> list[tf.Tensor]:
-    """The tensors among these that can be derived, each once."""
-    leaves = [leaf for leaf in keras.tree.flatten(values) if tf.is_tensor(leaf) and leaf.dtype.is_floating]
-    return list({id(leaf): leaf for leaf in leaves}.values())
-
-
-def _on_logits(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-    """What entered a softmax or sigmoid in the place of what left it."""
-    return [getattr(tensor, "_keras_logits", tensor) for tensor in tensors]
-
-
-@contextlib.contextmanager
-def _watched(layers: list[keras.Layer], tape: tf.GradientTape, calls: list[_Call]) -> Iterator[None]:
-    """Notes what enters and leaves these layers while a function is traced, and makes it known to the tape."""
-
-    def watching(layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            inputs = _floats(args, kwargs)
-            tape.watch(inputs)
-            outputs = call(*args, **kwargs)
-            tape.watch(_floats(outputs))
-            calls.append(_Call(layer, inputs, _floats(outputs)))
-            return outputs
-
-        return watched
-
-    own = [layer.__dict__.get("call") for layer in layers]
-    try:
-        for layer in layers:
-            object.__setattr__(layer, "call", watching(layer, layer.call))
-        yield
-    finally:
-        for layer, call in zip(layers, own, strict=True):
-            object.__delattr__(layer, "call") if call is None else object.__setattr__(layer, "call", call)
-
-
 def _logits(model: keras.Model, outputs: Any) -> list[tf.Tensor]:
     leaves = keras.tree.flatten(outputs)
     if len(leaves) != 1:
@@ -214,7 +136,7 @@ def _logits(model: keras.Model, outputs: Any) -> list[tf.Tensor]:
             f"The model {model.name!r} has {len(leaves)} outputs, and a Jacobian is of one. Name the layer that makes "
             "it by end=..., or measure keras.Model(model.inputs, that output)."
         )
-    return _on_logits(_floats(leaves))
+    return on_logits(floats(leaves))
 
 
 def _flat(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -273,17 +195,17 @@ class _Traced:
         return [singular_values(np.asarray(memoryview(jacobian))) for jacobian in jacobians]
 
     def _jacobians(self, x: Any) -> list[tf.Tensor]:
-        inputs = _floats(x)
+        inputs = floats(x)
         if self._by_inputs and len(inputs) < len(keras.tree.flatten(x)):
             raise ValueError(
                 f"The model {self._model.name!r} takes integers or booleans, and nothing can be derived by them. Begin "
                 "behind the layer that takes them: start=its name, such as that of the embedding."
             )
-        calls: list[_Call] = []
+        calls: list[Call] = []
         with (
             tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape,
             computing_in_float64(self._model),
-            _watched(self._layers, tape, calls),
+            watched(self._layers, tape, calls),
             keras.StatelessScope(),
         ):
             tape.watch(inputs)
@@ -345,15 +267,15 @@ def _cause(error: Exception) -> str:
 def _spectra(
     model: keras.Model, data: Any, layers: list[keras.Layer], segments: Any, by_inputs: bool, verbose: int
 ) -> list[Spectrum]:
-    batches = Batches(_labelled(data))
-    stream = iter(batches)
+    data = maybe_unlabelled(data)
+    stream = iter(Batches(data))
     first = next(stream)
     types = [tensor.dtype for tensor in getattr(model, "inputs", None) or ()]
     example = keras.tree.map_structure(lambda leaf: leaf[:1], first[0])
     traced = _Traced(model, layers, segments, by_inputs, _in_float64(example, types))
     fixed = model.inputs[0].shape[0] if types else None
     size = fixed or max(1, _MOST_ENTRIES // max(m * n for _, _, (m, n) in traced.found))
-    is_single = isinstance(_labelled(data), tuple)
+    is_single = isinstance(data, tuple)
     bar = keras.utils.Progbar(_length(first[0]) if is_single else None, unit_name="example", verbose=verbose)
     values: list[list[np.ndarray]] = [[] for _ in traced.found]
     done = 0
@@ -380,25 +302,6 @@ def _spectrum(model: keras.Model, values: np.ndarray, start: str, end: str, shap
             f"{model.name!r} overflows on its way. Initialize it with less variance, see tf_prune.reinitialize."
         )
     return Spectrum(values, shape, start, end)
-
-
-class _Labelled:
-    """Batches of inputs alone as `(x, None)`; those that have labels as they are."""
-
-    def __init__(self, data: Any):
-        self._data = data
-        self.cardinality = getattr(data, "cardinality", None)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch if isinstance(batch, tuple) else (batch, None) for batch in self._data)
-
-
-def _labelled(data: Any) -> Any:
-    if isinstance(data, tuple) or data is None or isinstance(data, keras.utils.PyDataset):
-        return data
-    if (hasattr(data, "shape") and hasattr(data, "dtype")) or isinstance(data, Mapping):
-        return data, None
-    return _Labelled(data) if isinstance(data, Iterable) else data
 
 
 def _in_float64(x: Any, types: list[str]) -> Any:

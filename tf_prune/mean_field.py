@@ -169,8 +169,9 @@ def critical_point(activation: Any, bias_variance: float = 0.0) -> CriticalPoint
             return CriticalPoint(None, _gain(function, 1.0) ** 2, 0.0)
         if surplus(1e-3) > -_TOLERANCE and _moments(function, 1e-12)[1] > 1e-3:  # falls to 0 from any side
             return CriticalPoint(0.0, _gain(function, 1e-12) ** 2, 0.0)
-    for low, high in itertools.pairwise(_VARIANCES.tolist()):
-        if math.copysign(1, surplus(low)) != (sign := math.copysign(1, surplus(high))):
+    signs = (math.copysign(1, surplus(variance)) for variance in _VARIANCES)  # as far as they are needed
+    for (low, before), (high, sign) in itertools.pairwise(zip(_VARIANCES.tolist(), signs, strict=True)):
+        if before != sign:
             for _ in range(40):
                 middle = math.sqrt(low * high)
                 low, high = (low, middle) if math.copysign(1, surplus(middle)) == sign else (middle, high)

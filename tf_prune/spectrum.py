@@ -56,7 +56,8 @@ class Spectrum:
     @property
     def condition_numbers(self) -> np.ndarray:
         """Largest / smallest of each example; infinite for those that are rank deficient."""
-        return np.array([_quotient(row[0], row[-1]) for row in self.values])
+        largest, smallest = self.values[:, 0], self.values[:, -1]
+        return np.divide(largest, smallest, out=np.full(len(largest), np.inf), where=smallest > 0)
 
     @property
     def mean_condition_number(self) -> float:
