@@ -125,7 +125,7 @@ def condition(
     weights change. A convolution is taken by its matrix: that of the circular convolution of images, which falls apart
     into one matrix for each frequency; strides are in it, zero padding is not. Gates of recurrent kernels are taken one
     by one. Each iteration costs two products of a kernel with the square matrix of its smaller side, and of a 3x3
-    convolution 15 complex ones: seconds for LeNet-300-100, minutes for a convolution of 256 channels.
+    convolution 15 complex ones: seconds for LeNet-300-100, a minute for a convolution of 256 channels.
 
     Args:
         model: A built `keras.Model`.
