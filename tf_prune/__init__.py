@@ -16,6 +16,7 @@ from tf_prune.conditioning import ConditionBeforeTraining as ConditionBeforeTrai
 from tf_prune.conditioning import ConditioningReport as ConditioningReport
 from tf_prune.conditioning import condition as condition
 from tf_prune.conditioning import reinitialize as reinitialize
+from tf_prune.conversion import ConversionError as ConversionError
 from tf_prune.criteria import SNIP as SNIP
 from tf_prune.criteria import Criterion as Criterion
 from tf_prune.criteria import GradientNormPreservation as GradientNormPreservation
@@ -30,8 +31,7 @@ from tf_prune.enforcement import apply_masks as apply_masks
 from tf_prune.enforcement import mask_gradients as mask_gradients
 from tf_prune.enforcement import masks_of as masks_of
 from tf_prune.enforcement import remove_masks as remove_masks
-from tf_prune.exporting import ExportError as ExportError
-from tf_prune.exporting import ExportReport as ExportReport
+from tf_prune.export_report import ExportReport as ExportReport
 from tf_prune.exporting import export as export
 from tf_prune.gradual import GradualPruning as GradualPruning
 from tf_prune.gradual import PruneAndTrain as PruneAndTrain
@@ -60,11 +60,14 @@ from tf_prune.methods import GraSPIt as GraSPIt
 from tf_prune.methods import Iterative as Iterative
 from tf_prune.methods import IterativeSNIP as IterativeSNIP
 from tf_prune.methods import SynFlow as SynFlow
+from tf_prune.parity import ExportError as ExportError
 from tf_prune.picture import draw_propagation as draw_propagation
 from tf_prune.prunable import find_prunable as find_prunable
 from tf_prune.pruning import PruningReport as PruningReport
 from tf_prune.pruning import prune as prune
 from tf_prune.pruning import score as score
+from tf_prune.readiness import ReadinessReport as ReadinessReport
+from tf_prune.readiness import make_ready as make_ready
 from tf_prune.schedules import SCHEDULES as SCHEDULES
 from tf_prune.schedules import Constant as Constant
 from tf_prune.schedules import Cubic as Cubic
@@ -74,6 +77,9 @@ from tf_prune.schedules import Linear as Linear
 from tf_prune.schedules import Schedule as Schedule
 from tf_prune.scopes import SCOPES as SCOPES
 from tf_prune.scopes import check_sparsity as check_sparsity
+from tf_prune.sparse_inference import TARGETS as TARGETS
+from tf_prune.sparse_inference import Explanation as Explanation
+from tf_prune.sparse_inference import explain as explain
 from tf_prune.spectrum import Spectrum as Spectrum
 from tf_prune.structures import STRUCTURES as STRUCTURES
 from tf_prune.structures import Blocks as Blocks

@@ -1,274 +1,291 @@
 """Where a model leaves: clean SavedModel -> TF-Lite, dense and sparse -> parity check -> report."""
 
-import dataclasses
+import contextlib
 import gzip
-import io
 import itertools
-import json
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
-from rich.console import Console
-from rich.table import Table
 
-from tf_prune.batches import Batches, inputs_like
-from tf_prune.enforcement import masks_of
-from tf_prune.prunable import check_model, find_kernels
-from tf_prune.tflite import constants
+from tf_prune.batches import Batches
+from tf_prune.conversion import DTYPES, ENCODINGS, convert
+from tf_prune.export_report import ExportReport, Point, draw_sizes
+from tf_prune.masks import masks_from_scores
+from tf_prune.parity import (
+    TOLERANCES,
+    Arrays,
+    ExportError,
+    LiteRTModel,
+    Parity,
+    check_installed,
+    compare,
+    latencies,
+    load_runnable,
+)
+from tf_prune.prunable import check_model
+from tf_prune.scopes import check_sparsity
+from tf_prune.sources import KerasSource, SavedModelSource
+from tf_prune.sparse_inference import TARGETS, explain_graph, why_wrong
+from tf_prune.tflite import read
+from tf_prune.zeros import zeros_in_file
 
-_ENCODINGS = ("dense", "sparse")
-
-
-class ExportError(ValueError):
-    """The exported model does not do what the Keras model does; nothing was written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSparsity:
-    """Zeros of one kernel in the Keras model and in the `.tflite` file.
-
-    Attributes:
-        path: The variable's path.
-        num_weights: How many weights the kernel has.
-        sparsity: Fraction of exact zeros in the Keras model.
-        tflite_sparsity: Fraction of exact zeros in the file; `None` if no tensor of the file has this kernel's form.
-    """
-
-    path: str
-    num_weights: int
-    sparsity: float
-    tflite_sparsity: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportReport:
-    """What `export` wrote, and how it compares with the Keras model. `print(report)` shows a table.
-
-    Attributes:
-        directory: Where `saved_model/`, `model.tflite` and `report.json` are.
-        encoding: Of `model.tflite`, `"dense"` or `"sparse"`: the smaller file.
-        bytes: File sizes by encoding, e.g. `bytes["sparse"]["gzip"]`; and of the SavedModel.
-        layers: Zeros of each kernel, before and after conversion.
-        inputs: What the models were compared on.
-        largest_difference: Of any output, absolute, between Keras and the file.
-        agreement: Fraction of examples with the same largest output; `None` where an output is a single number.
-    """
-
-    directory: str
-    encoding: str
-    bytes: dict[str, dict[str, int]]
-    layers: tuple[LayerSparsity, ...]
-    inputs: str
-    largest_difference: float
-    agreement: float | None
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of exact zeros among the weights of all kernels."""
-        total = sum(row.num_weights for row in self.layers)
-        return sum(row.sparsity * row.num_weights for row in self.layers) / total if total else 0.0
-
-    def save(self, file: str | os.PathLike[str]) -> None:
-        """Writes the report as JSON."""
-        Path(file).write_text(json.dumps({**dataclasses.asdict(self), "sparsity": self.sparsity}, indent=2) + "\n")
-
-    def __str__(self) -> str:
-        table = Table(title=f"{self.directory}: {self.sparsity:.2%} of the kernels' weights are zero")
-        for column in ("kernel", "weights", "sparsity", "in the .tflite"):
-            table.add_column(column, justify="left" if column == "kernel" else "right")
-        for row in self.layers:
-            after = "not found" if row.tflite_sparsity is None else f"{row.tflite_sparsity:.2%}"
-            table.add_row(row.path, f"{row.num_weights:,}", f"{row.sparsity:.2%}", after)
-        sizes = Table()
-        for column in ("file", "bytes", "gzipped"):
-            sizes.add_column(column, justify="left" if column == "file" else "right")
-        for name, size in self.bytes.items():
-            kept = " (kept as model.tflite)" if name == self.encoding else ""
-            label = f"TF-Lite, {name}{kept}" if name in _ENCODINGS else name
-            sizes.add_row(label, f"{size['raw']:,}", f"{size['gzip']:,}")
-        with io.StringIO() as stream:
-            console = Console(file=stream, width=100)
-            console.print(table)
-            console.print(sizes)
-            agreement = "" if self.agreement is None else f", the same prediction for {self.agreement:.2%}"
-            console.print(
-                f"Keras and LiteRT on {self.inputs}: largest difference {self.largest_difference:.2g}{agreement}"
-            )
-            return stream.getvalue()
+_SIGNATURE = "serving_default"
+# As many as TensorFlow's guides take; each is run once.
+_NUM_REPRESENTATIVE = 200
 
 
 def export(
-    model: keras.Model,
+    model: keras.Model | str | os.PathLike[str],
     directory: str | os.PathLike[str],
     data: Any = None,
     *,
-    tolerance: float = 1e-4,
+    dtype: str = "float32",
+    encoding: str | None = None,
+    batch_size: int | None = None,
+    signature: str = _SIGNATURE,
+    sweep: Sequence[float] = (),
+    tolerance: float | None = None,
+    flex: bool = False,
 ) -> ExportReport:
-    """Writes `saved_model/`, `model.tflite` and `report.json`, after checking that they do what the model does.
+    """Writes `saved_model/`, `model.tflite` and a report, after checking that they do what the model does.
 
     The SavedModel holds the plain model, each variable once: no mask, no optimizer, pruned weights exactly zero. The
     TF-Lite file is made from it twice, with plain and with sparse tensors, and the smaller one is kept. It is run with
-    LiteRT, and its outputs are compared with Keras's. The model itself is not changed.
+    LiteRT, and its outputs are compared with the model's; its zeros are counted, and each target's verdict on them is
+    in the report (`tf_prune.explain`). The model itself is not changed.
 
     Args:
-        model: A built `keras.Model`, pruned or not.
+        model: A built `keras.Model`, pruned or not; or the path of a SavedModel, for example of one that was trained
+            aware of quantization.
         directory: Where to write; made if needed. Files of an earlier export there are replaced.
         data: Real inputs to compare on, an `(x, y)` batch or an iterable of them (y is not used). `None` takes 32
-            standard normal examples.
-        tolerance: Largest difference of any output, relative to the largest output if that is above 1.
+            standard normal examples. `"int8"` takes its ranges from the first 200 examples.
+        dtype: Of the weights in the TF-Lite file: `"float32"`, `"float16"`, `"dynamic_int8"`; or `"int8"` for all,
+            activations, inputs and outputs too.
+        encoding: `"dense"` or `"sparse"`; `None` keeps the smaller file. Microcontrollers need `"dense"`.
+        batch_size: Fixes the TF-Lite file's; `None` leaves it open. The SavedModel serves batches of any size.
+        signature: Which of a SavedModel's signatures is exported.
+        sweep: Sparsities to measure size and latency at, too, for the report's plot: the kernels' smallest weights
+            are zeroed for it, in the pattern they have, and come back afterwards. A Keras model only.
+        tolerance: Largest difference of any output, relative to the largest output if that is above 1. `None` is 1e-4
+            for float32, 1e-2 for float16 and 0.5 for both int8, which bounds nonsense and not rounding: look at the
+            report's agreement.
+        flex: Lets operators of TensorFlow stand in the file where TF-Lite has none.
 
     Returns:
-        An `ExportReport`.
+        An `ExportReport`; `report.json`, `report.md` and, with matplotlib, `report.png` hold the same.
 
     Raises:
-        ExportError: If outputs differ by more than `tolerance`; nothing is written then.
+        ConversionError: If TF-Lite cannot express the model; names the operators.
+        ExportError: If outputs differ by more than `tolerance`.
         ImportError: If `ai-edge-litert` is missing.
-        ValueError: If a pruned weight is not zero, or the input's shape is unknown.
+        ValueError: If a pruned weight is not zero, a weight is not finite, the inputs' shape is unknown or not that of
+            the data, or `"int8"` has no data. Nothing is written then, as after all other errors.
 
     Example:
         report = tf_prune.export(model, "saved_models/lenet", data=(x_test, y_test))
         print(report)
     """
+    _check_options(model, dtype, encoding, batch_size, sweep)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory must be a folder to write into, but {directory} is a file.")
-    check_model(model)
-    masks = masks_of(model)
-    # Tables of embeddings, and biases, count where they were pruned.
-    plain = find_kernels(model, ())
-    kernels = {path: v for path, v in find_kernels(model).items() if path in masks or path in plain}
-    for path, mask in masks.items():
-        if np.asarray(kernels[path])[~mask].any():
-            raise ValueError(
-                f"Pruned weights of {path!r} are not zero; they were set from outside after pruning. Call "
-                "tf_prune.apply_masks(model, tf_prune.masks_of(model)) and export again."
-            )
     batches = Batches(data)
-    examples = _first_input(model, batches)
-    interpreter_class = _litert_interpreter()
-    there = next(parent for parent in directory.absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(dir=there, prefix=f".{directory.name}.") as temporary:
-        work = Path(temporary)
-        names = _write_saved_model(model, examples, work / "saved_model")
-        files = {encoding: _convert(work / "saved_model", encoding) for encoding in _ENCODINGS}
-        encoding = min(_ENCODINGS, key=lambda name: len(files[name]))
-        inputs = (_as_inputs(model, x) for x, _, _ in batches) if batches.given else iter([examples])
-        count, difference, agreement = _compare(
-            model, interpreter_class(model_content=files[encoding]), names, inputs, tolerance
+    source = (
+        KerasSource(model, batches)
+        if isinstance(model, keras.Model)
+        else SavedModelSource(Path(model), signature, batches)
+    )
+    check_installed()
+    with _folder_beside(directory) as work:
+
+        def files_of(saved_model: Path) -> dict[str, bytes]:
+            source.write(saved_model, batch_size)
+            return {
+                name: convert(
+                    saved_model,
+                    dtype=dtype,
+                    encoding=name,
+                    representative=_representative(source, batches, dtype),
+                    signature=signature,
+                    flex=flex,
+                )
+                for name in ENCODINGS
+            }
+
+        files = files_of(work / "saved_model")
+        one = {name: array[:1] for name, array in next(source.inputs()).items()}
+        allowed = TOLERANCES[dtype] if tolerance is None else tolerance
+        models, refused = _usable(files, one, flex)
+        kept, parity = _first_that_agrees(
+            [encoding] if encoding else sorted(files, key=lambda name: len(files[name])),
+            models,
+            refused,
+            source,
+            allowed,
         )
         archive = b"".join(file.read_bytes() for file in sorted(work.rglob("*")) if file.is_file())
+        layers = zeros_in_file(source.kernels, files[kept])
+        graph = read(files[kept])
         report = ExportReport(
             directory=str(directory),
-            encoding=encoding,
+            dtype=dtype,
+            encoding=kept,
             bytes={name: _sizes(content) for name, content in [*files.items(), ("SavedModel", archive)]},
-            layers=_layer_sparsities(kernels, files[encoding]),
-            inputs=f"{count:,} {'given' if batches.given else 'random'} examples",
-            largest_difference=difference,
-            agreement=agreement,
+            layers=layers,
+            inputs=f"{parity.count:,} {'given' if batches.given else 'random'} examples",
+            largest_difference=parity.largest_difference,
+            agreement=parity.agreement,
+            machine=platform.machine(),
+            refused=refused,
+            points=(
+                *_points(_sparsity(source.kernels), files, latencies(models, one)),
+                *_sweep(source, sweep, files_of, one, flex),
+            ),
+            explanations=tuple(explain_graph(graph, target, source.layers) for target in TARGETS),
         )
-        (work / "model.tflite").write_bytes(files[encoding])
+        (work / "model.tflite").write_bytes(files[kept])
         report.save(work / "report.json")
+        drawn = draw_sizes(work / "report.png", report)
+        (work / "report.md").write_text(report.to_markdown("report.png" if drawn else None))
         _move_into(work, directory)
     return report
 
 
-def _litert_interpreter() -> Callable[..., Any]:
+def _usable(files: dict[str, bytes], one: Arrays, flex: bool) -> tuple[dict[str, LiteRTModel], dict[str, str]]:
+    """The files that LiteRT runs, and why not the others. What is known to be wrong is not tried: it may crash."""
+    wrong = {name: why for name, content in files.items() if (why := why_wrong(read(content))) is not None}
+    models, refused = load_runnable({name: files[name] for name in files if name not in wrong}, one, flex)
+    return models, {**wrong, **refused}
+
+
+def _first_that_agrees(
+    encodings: list[str], models: dict[str, LiteRTModel], refused: dict[str, str], source: Any, tolerance: float
+) -> tuple[str, Parity]:
+    """The first encoding that LiteRT runs and whose outputs are the model's. What was wrong with others is noted.
+
+    XNNPACK mistakes some int8 weights with a sparse encoding; then the plain encoding is what can be used.
+    """
+    name, *others = encodings
     try:
-        from ai_edge_litert.interpreter import Interpreter
-    except ImportError as error:
-        raise ImportError(
-            "export runs what it wrote with LiteRT, which is not installed. Install it with: "
-            "pip install 'tf_prune[litert]'"
+        if name in refused:
+            raise ExportError(f"The {name} encoding cannot be used. {refused[name]} Nothing was written.")
+        return name, compare(source.outputs, models[name].outputs, source.inputs(), tolerance)
+    except ExportError as error:
+        if not others:
+            raise
+        refused[name] = str(error).replace(" Nothing was written.", "")
+        models.pop(name, None)
+    return _first_that_agrees(others, models, refused, source, tolerance)
+
+
+def _check_options(model: Any, dtype: str, encoding: str | None, batch_size: Any, sweep: Sequence[float]) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}. Expected one of {', '.join(DTYPES)}.")
+    if encoding not in (None, *ENCODINGS):
+        raise ValueError(f"Unknown encoding {encoding!r}. Expected 'dense', 'sparse', or None for the smaller file.")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer, or None for any; got {batch_size!r}.")
+    for sparsity in sweep:
+        check_sparsity(sparsity)
+    if not isinstance(model, keras.Model):
+        if not isinstance(model, (str, os.PathLike)):
+            check_model(model)
+        if batch_size is not None or sweep:
+            raise ValueError(
+                "batch_size= and sweep= need the Keras model: a SavedModel's signature fixes its batch size, and its "
+                "weights are not changed. Pass the model, or leave them out."
+            )
+
+
+@contextlib.contextmanager
+def _folder_beside(directory: Path) -> Iterator[Path]:
+    """A folder on the same disk, so that what is ready is renamed into place."""
+    there = next(parent for parent in directory.absolute().parents if parent.is_dir())
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=there, prefix=f".{directory.name}.")
+    except OSError as error:
+        raise type(error)(
+            f"Cannot write into {there}: {error.strerror}. Choose a directory that may be written."
         ) from error
-    return Interpreter
+    with temporary as name:
+        yield Path(name)
 
 
-def _first_input(model: keras.Model, batches: Batches) -> Any:
-    """One batch of inputs: of the data, or random ones of the shape that the model says."""
-    if batches.given:
-        return _as_inputs(model, next(iter(batches.take(1)))[0])
-    generator = np.random.default_rng(0)
-    inputs = inputs_like(model, lambda shape, dtype: generator.standard_normal((32, *shape)).astype(dtype))
-    if inputs is None:
+def _representative(source: Any, batches: Batches, dtype: str) -> list[dict[str, np.ndarray]] | None:
+    """Single examples that give int8 its ranges; `None` where it needs none."""
+    if dtype != "int8" or (isinstance(source, SavedModelSource) and source.has_trained_ranges):
+        return None
+    if not batches.given:
         raise ValueError(
-            f"The model {model.name!r} does not say of what shape its inputs are. Pass data=(x, y): x gives the shape, "
-            "and real inputs to compare on."
+            "dtype='int8' takes the ranges of activations from real inputs. Pass data=(x, y) with some hundred "
+            "examples as the model will see them; or train aware of quantization (tf_prune.tfmot)."
         )
-    return inputs
+    ones = (
+        {name: array[i : i + 1] for name, array in inputs.items()}
+        for inputs in source.inputs()
+        for i in range(len(next(iter(inputs.values()))))
+    )
+    return list(itertools.islice(ones, _NUM_REPRESENTATIVE))
 
 
-def _as_inputs(model: keras.Model, x: Any) -> Any:
-    """The examples in the dtypes that the model takes: NumPy's float64 is not what a file should ask for."""
-    leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(x)]
-    dtypes = [tensor.dtype for tensor in getattr(model, "inputs", None) or []]
-    if len(dtypes) != len(leaves):
-        dtypes = [keras.config.floatx() if leaf.dtype == np.float64 else leaf.dtype for leaf in leaves]
-    return keras.tree.pack_sequence_as(x, [a.astype(d, copy=False) for a, d in zip(leaves, dtypes, strict=True)])
+def _sparsity(kernels: dict[str, np.ndarray]) -> float:
+    total = sum(kernel.size for kernel in kernels.values())
+    return sum(int((kernel == 0).sum()) for kernel in kernels.values()) / total if total else 0.0
 
 
-def _write_saved_model(model: keras.Model, examples: Any, directory: Path) -> list[str]:
-    """Writes it and returns the names of its inputs, in the order of the flattened examples."""
-    leaves = keras.tree.flatten(examples)
-    names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
-    if len(set(names)) != len(leaves) or not all(name.isidentifier() for name in names):
-        names = [f"input_{i}" for i in range(len(leaves))]
-    specs = [
-        tf.TensorSpec((None, *leaf.shape[1:]), tf.as_dtype(leaf.dtype), name)
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    signature = keras.tree.pack_sequence_as(examples, specs)
-    # An endpoint alone tracks the variables that it uses, once; Keras's own model.export writes each twice.
-    archive = keras.export.ExportArchive()
-
-    def serve(inputs: Any) -> Any:
-        return model(inputs, training=False)
-
-    archive.add_endpoint("serve", serve, input_signature=[signature])
-    archive.write_out(str(directory), verbose=False)
-    return names
+def _points(sparsity: float, files: dict[str, bytes], times: dict[str, float]) -> list[Point]:
+    return [Point(sparsity, name, len(files[name]), seconds) for name, seconds in times.items()]
 
 
-def _convert(saved_model: Path, encoding: str) -> bytes:
-    converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model))
-    if encoding == "sparse":
-        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
-    return bytes(converter.convert())
+def _sweep(
+    source: Any, sparsities: Sequence[float], files_of: Callable[[Path], dict[str, bytes]], one: Arrays, flex: bool
+) -> Iterator[Point]:
+    """Size and latency with other fractions of zeros."""
+    for sparsity in sparsities:
+        with _at_sparsity(source.variables, sparsity), tempfile.TemporaryDirectory() as folder:
+            files = files_of(Path(folder) / "saved_model")
+            actual = _sparsity(source.kernels)
+        times = latencies(_usable(files, one, flex)[0], one)
+        yield from _points(actual, files, times)
 
 
-def _compare(
-    model: keras.Model, interpreter: Any, names: list[str], inputs: Iterator[Any], tolerance: float
-) -> tuple[int, float, float | None]:
-    """How many examples were compared, the largest difference of an output, and the agreement of predictions."""
-    runner = interpreter.get_signature_runner()
-    count, difference = 0, 0.0
-    agreements: list[np.ndarray] = []
-    for x in inputs:
-        leaves = keras.tree.flatten(x)
-        outputs = model(x, training=False)
-        got = runner(**dict(zip(names, leaves, strict=True)))
-        keys = sorted(outputs) if isinstance(outputs, dict) else [f"output_{i}" for i in range(len(got))]
-        for key, output in zip(keys, keras.tree.flatten(outputs), strict=True):
-            expected = np.asarray(output)
-            here, largest = float(np.abs(expected - got[key]).max()), float(np.abs(expected).max())
-            # A difference that is NaN is not at most anything: it is refused too.
-            if not here <= tolerance * max(1.0, largest):
-                raise ExportError(
-                    f"The TF-Lite model's output {key!r} differs from Keras's by up to {here:.3g} (allowed: "
-                    f"{tolerance:g}, relative to outputs up to {largest:.3g}). Nothing was written. If the difference "
-                    "is rounding, raise tolerance=; if it is nan, the model's outputs are not finite."
-                )
-            difference = max(difference, here)
-            if expected.ndim > 1 and expected.shape[-1] > 1:
-                agreements.append((expected.argmax(-1) == got[key].argmax(-1)).ravel())
-        count += len(leaves[0])
-    return count, difference, float(np.concatenate(agreements).mean()) if agreements else None
+@contextlib.contextmanager
+def _at_sparsity(variables: dict[str, keras.Variable], sparsity: float) -> Iterator[None]:
+    """Gives each kernel this fraction of zeros for a while: fewer by random weights, more by zeroing the smallest."""
+    before = {path: np.array(keras.ops.convert_to_numpy(variable)) for path, variable in variables.items()}
+    generator = np.random.default_rng(0)
+    filled = {}
+    for path, kernel in before.items():
+        scale = kernel.std() or 1.0
+        filled[path] = np.where(kernel == 0, scale * generator.standard_normal(kernel.shape), kernel)
+    scores = {path: _blockwise(np.abs(filled[path]), before[path]) for path in before}
+    masks = masks_from_scores(scores, sparsity, "layerwise")
+    try:
+        for path, variable in variables.items():
+            variable.assign(filled[path] * masks[path])
+        yield
+    finally:
+        for path, variable in variables.items():
+            variable.assign(before[path])
+
+
+def _blockwise(scores: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """The scores, shared within blocks of inputs if the kernel is zero in such blocks."""
+    for size in (16, 4):
+        if kernel.ndim == 2 and kernel.shape[0] % size == 0 and not kernel.all():
+            blocks = kernel.reshape(-1, size, kernel.shape[1]) != 0
+            if (blocks.any(1) == blocks.all(1)).all():
+                means = scores.reshape(blocks.shape).mean(1)
+                return np.repeat(means, size, axis=0)
+    return scores
 
 
 def _sizes(content: bytes) -> dict[str, int]:
@@ -294,36 +311,3 @@ def _move_into(work: Path, directory: Path) -> None:
                 shutil.rmtree(target) if target.is_dir() else target.unlink()
             os.replace(old, target)
         raise
-
-
-def _layer_sparsities(variables: dict[str, keras.Variable], content: bytes) -> tuple[LayerSparsity, ...]:
-    """Finds each kernel in the file by its pattern of zeros; names there do not survive conversion."""
-    patterns = [constant != 0 for constant in constants(content) if constant.ndim > 1]
-    found: dict[str, float] = {}
-    kernels = {path: np.asarray(variable) != 0 for path, variable in variables.items()}
-    # The sparsest first: the fewer weights a kernel has left, the less can pass for it.
-    for path in sorted(kernels, key=lambda path: kernels[path].mean()):
-        match = _find(kernels[path], patterns)
-        if match is not None:
-            found[path] = 1.0 - float(patterns.pop(match).mean())
-    return tuple(
-        LayerSparsity(path, kernel.size, 1.0 - float(kernel.mean()), found.get(path))
-        for path, kernel in kernels.items()
-    )
-
-
-def _find(kernel: np.ndarray, patterns: list[np.ndarray]) -> int | None:
-    """Which pattern is this kernel's with its axes in another order, zeros staying zeros.
-
-    Axes of size 1 come and go in conversion; a depthwise kernel's two last axes become one.
-    """
-    forms = [np.squeeze(kernel)]
-    if kernel.ndim > 2:
-        forms.append(np.squeeze(kernel.reshape(*kernel.shape[:-2], -1)))
-    best: tuple[int, int] | None = None
-    for i, pattern in enumerate(map(np.squeeze, patterns)):
-        for form in forms:
-            turned = (form.transpose(axes) for axes in itertools.permutations(range(form.ndim)))
-            if any(t.shape == pattern.shape and not (pattern & ~t).any() for t in turned):
-                best = max(best or (-1, -1), (int(pattern.sum()), i))
-    return None if best is None else best[1]

@@ -1,0 +1,196 @@
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import tf_prune
+from tests import helpers
+
+APPLICATIONS = {
+    "MobileNet": lambda: keras.applications.MobileNet(weights=None, input_shape=(64, 64, 3), alpha=0.25, classes=10),
+    "MobileNetV2": lambda: keras.applications.MobileNetV2(
+        weights=None, input_shape=(64, 64, 3), alpha=0.35, classes=10
+    ),
+    "MobileNetV3Small": lambda: keras.applications.MobileNetV3Small(weights=None, input_shape=(64, 64, 3), classes=10),
+    "EfficientNetB0": lambda: keras.applications.EfficientNetB0(weights=None, input_shape=(64, 64, 3), classes=10),
+}
+
+
+def block(strided, **options):
+    return [
+        keras.Input((16, 16, 3)),
+        *strided,
+        layers.Conv2D(6, 1, name="pointwise"),
+        layers.GlobalAveragePooling2D(name="pool", **options),
+        layers.Dense(2, name="head"),
+    ]
+
+
+def x_of(model, count=3):
+    return np.random.default_rng(1).standard_normal((count, *model.input_shape[1:])).astype("float32")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "MobileNet" else pytest.param(n, marks=pytest.mark.slow) for n in APPLICATIONS]
+)
+def test_the_mobile_nets_of_keras_are_made_ready_with_their_shapes_names_and_weights(name):
+    model = APPLICATIONS[name]()
+    assert not tf_prune.explain(model).ready
+    before = helpers.state(model)
+    ready, report = tf_prune.make_ready(model)
+    helpers.assert_same_state(before, model)
+    assert report.is_ready, str(report)
+    assert tf_prune.explain(ready).ready
+    assert ready.output_shape == model.output_shape
+    assert [v.path for v in ready.weights] == [v.path for v in model.weights]
+    for old, new in zip(model.weights, ready.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+    changed = {change.where for change in report.changes}
+    assert changed
+    assert all(name in str(report) for name in changed)
+    assert not report.is_trained
+
+
+def test_even_padding_sees_the_image_shifted_by_one_pixel():
+    # A window of one tap, in its first corner: `same` reads pixel 2i, padding on each side pixel 2i - 1.
+    model = keras.Sequential(block([layers.Conv2D(3, 3, 2, "same", use_bias=False, name="stem")]))
+    kernel = np.zeros((3, 3, 3, 3), "float32")
+    kernel[0, 0] = np.eye(3)
+    model.get_layer("stem").kernel.assign(kernel)
+    x = x_of(model)
+    ready, report = tf_prune.make_ready(model)
+    of_stem = keras.Model(ready.inputs[0], ready.get_layer("stem").output)
+    shifted = np.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))[:, :16:2, :16:2]
+    np.testing.assert_array_equal(np.asarray(of_stem(x)), shifted)
+    (change,) = report.changes
+    assert (change.where, change.is_exact) == ("stem", False)
+
+
+@pytest.mark.parametrize("size", [15, 17])
+def test_padding_of_odd_images_was_even_already(size):
+    inputs = keras.Input((size, size, 3))
+    x = layers.Conv2D(4, 3, 2, "same", name="stem")(inputs)
+    x = layers.DepthwiseConv2D(5, 2, padding="same", name="depthwise")(x)
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(6, 1)(x))
+    model = keras.Model(inputs, x)
+    ready, report = tf_prune.make_ready(model)
+    exact = {change.where: change.is_exact for change in report.changes}
+    assert exact["stem"]
+    # 15 -> 8, 17 -> 9: of the second layer's images only the odd ones were padded evenly.
+    assert exact["depthwise"] == (size == 17)
+    if size == 17:
+        np.testing.assert_array_equal(np.asarray(ready(x_of(model))), np.asarray(model(x_of(model))))
+
+
+def test_uneven_padding_layers_are_replaced_where_sizes_stay():
+    pads = [layers.ZeroPadding2D(((0, 1), (0, 1))), layers.Conv2D(4, 3, 2, name="stem")]
+    model = keras.Sequential(block(pads))
+    ready, report = tf_prune.make_ready(model)
+    assert report.is_ready
+    assert ready.get_layer("stem").output.shape == model.get_layer("stem").output.shape
+    other = keras.Sequential(block([layers.ZeroPadding2D(((2, 3), (2, 3))), layers.Conv2D(4, 3, 2, name="stem")]))
+    _, report = tf_prune.make_ready(other)
+    assert report.changes == ()
+    assert [row.where for row in report.remaining] == ["stem"]
+
+
+def squeeze_and_excite(hard_sigmoid):
+    x = inputs = keras.Input((16, 16, 3))
+    x = layers.Conv2D(8, 3, 2, name="stem")(layers.ZeroPadding2D(1)(x))
+    s = layers.GlobalAveragePooling2D(name="squeeze")(x)
+    s = layers.Reshape((1, 1, 8))(s)
+    s = hard_sigmoid(layers.Conv2D(8, 1, name="excite")(s))
+    x = layers.Conv2D(6, 1)(layers.Multiply()([x, s]))
+    x = layers.GlobalAveragePooling2D(keepdims=True, name="pool")(x)
+    x = layers.Conv2D(5, 1, name="logits")(x)
+    return keras.Model(inputs, layers.Flatten()(x))
+
+
+@pytest.mark.parametrize(
+    "hard_sigmoid",
+    [
+        lambda x: layers.ReLU(6.0)(x + 3.0) * (1.0 / 6.0),
+        lambda x: (1.0 / 6.0) * keras.ops.relu6(3.0 + x),
+        layers.Activation("hard_sigmoid"),
+    ],
+    ids=["keras.applications", "from the left", "activation"],
+)
+def test_squeezing_and_the_last_pooling_change_their_axes_and_no_output(hard_sigmoid, tmp_path):
+    model = squeeze_and_excite(hard_sigmoid)
+    assert {row.kind for row in tf_prune.explain(model).obstacles} == {"operator", "correctness", "sparsity"}
+    ready, report = tf_prune.make_ready(model)
+    assert report.is_ready, str(report)
+    assert all(change.is_exact for change in report.changes)
+    assert {"squeeze", "pool"} < {change.where for change in report.changes}
+    np.testing.assert_allclose(np.asarray(ready(x_of(model))), np.asarray(model(x_of(model))), atol=1e-6)
+    ready.save(tmp_path / "ready.keras")
+    loaded = keras.models.load_model(tmp_path / "ready.keras")
+    np.testing.assert_array_equal(np.asarray(loaded(x_of(model))), np.asarray(ready(x_of(model))))
+
+
+def test_a_model_that_is_ready_stays_as_it_is():
+    model = keras.Sequential(block([layers.ZeroPadding2D(1), layers.Conv2D(4, 3, 2, name="stem")]))
+    ready, report = tf_prune.make_ready(model)
+    assert (report.changes, report.remaining, report.largest_difference) == ((), (), 0.0)
+    assert ready is not model
+    again, second = tf_prune.make_ready(tf_prune.make_ready(APPLICATIONS["MobileNet"]())[0])
+    assert second.changes == ()
+    assert isinstance(again, keras.Model)
+
+
+def test_masks_and_compile_are_carried_over_and_hold():
+    model = keras.Sequential(block([layers.Conv2D(4, 3, 2, "same", name="stem")]))
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    tf_prune.prune(model, "magnitude", 0.5, verbose=0)
+    ready, _ = tf_prune.make_ready(model)
+    pairs = zip(tf_prune.masks_of(ready).values(), tf_prune.masks_of(model).values(), strict=True)
+    assert all((new == old).all() and not new.all() for new, old in pairs)
+    ready.fit(x_of(model, 8), np.zeros(8), verbose=0)
+    for path, mask in tf_prune.masks_of(ready).items():
+        (variable,) = [v for v in ready.weights if v.path == path]
+        assert not np.asarray(variable)[~mask].any()
+
+
+def test_nested_and_shared_layers_are_rebuilt_once():
+    shared = layers.Conv2D(4, 1, name="shared")
+    inner = keras.Sequential([keras.Input((8, 8, 4)), layers.DepthwiseConv2D(3, 2, "same", name="inner")])
+    inputs = keras.Input((16, 16, 3))
+    x = layers.Conv2D(4, 3, 2, "same", name="stem")(inputs)
+    x = inner(shared(shared(x)))
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+    ready, report = tf_prune.make_ready(model)
+    assert {change.where for change in report.changes} == {"stem", "inner"}
+    assert len(ready.weights) == len(model.weights)
+    assert report.is_ready
+
+
+def test_trained_weights_are_said_to_be_trained():
+    model = keras.Sequential(block([layers.Conv2D(4, 3, 2, "same"), layers.BatchNormalization()]))
+    model.compile("sgd", "mse")
+    model.fit(x_of(model, 8), np.zeros((8, 2)), verbose=0)
+    with pytest.warns(
+        UserWarning, match=r"are trained, and paddings changed: outputs differ by up to .* Train the new"
+    ):
+        _, report = tf_prune.make_ready(model)
+    assert report.is_trained
+    assert report.largest_difference > 0
+    assert "Train the new model further" in str(report)
+
+
+def test_what_cannot_be_changed_is_listed_whole():
+    inputs = keras.Input((32, 32, 1))
+    x = layers.Conv2D(8, 7, 2, "same", name="seven")(inputs)
+    x = layers.MaxPooling2D(name="pool")(x)
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(layers.Conv2D(8, 1)(x)))
+    _, report = tf_prune.make_ready(model)
+    assert not report.is_ready
+    assert [row.where for row in report.remaining] == ["seven", "pool"]
+    assert "What could not be changed" in str(report)
+
+
+def test_models_without_a_graph_or_a_size_are_refused():
+    with pytest.raises(ValueError, match=r"'subclassed' is a Subclassed, whose operators are in its code"):
+        tf_prune.make_ready(helpers.build("subclassed"))
+    open_size = keras.Sequential([keras.Input((None, None, 3)), layers.Conv2D(4, 1), layers.GlobalAveragePooling2D()])
+    with pytest.raises(ValueError, match="does not fix the size of its inputs"):
+        tf_prune.make_ready(open_size)

@@ -1,0 +1,161 @@
+"""A Keras model -> a SavedModel -> the bytes of a TF-Lite file. The only calls of TensorFlow's converter."""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+ENCODINGS = ("dense", "sparse")
+DTYPES = ("float32", "float16", "dynamic_int8", "int8")
+_EXPORTED = "serving_default"
+_FIXED_BATCH = "fixed_batch"
+
+
+class ConversionError(ValueError):
+    """TensorFlow's converter cannot make a TF-Lite file of this model."""
+
+
+def write_saved_model(model: keras.Model, examples: Any, directory: Path, batch_size: int | None = None) -> list[str]:
+    """Writes the plain model, each variable once, to serve under `serving_default` for batches of any size.
+
+    Args:
+        model: A built `keras.Model`.
+        examples: Inputs of the shapes and dtypes to serve, in the structure that the model takes.
+        directory: The SavedModel.
+        batch_size: Adds a second signature of just this batch size, the one that `convert` then takes.
+
+    Returns:
+        The names of the inputs, in the order of the flattened examples.
+    """
+    leaves = keras.tree.flatten(examples)
+    names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
+    if len(set(names)) != len(leaves) or not all(name.isidentifier() for name in names):
+        names = [f"input_{i}" for i in range(len(leaves))]
+
+    def signature(size: int | None) -> list[Any]:
+        specs = [
+            tf.TensorSpec((size, *leaf.shape[1:]), tf.as_dtype(leaf.dtype), name)
+            for name, leaf in zip(names, leaves, strict=True)
+        ]
+        return [keras.tree.pack_sequence_as(examples, specs)]
+
+    # An endpoint alone tracks the variables that it uses, once; Keras's own model.export writes each twice.
+    archive = keras.export.ExportArchive()
+
+    def serve(inputs: Any) -> Any:
+        return model(inputs, training=False)
+
+    archive.add_endpoint("serve", serve, input_signature=signature(None))
+    if batch_size is not None:
+        archive.add_endpoint(_FIXED_BATCH, lambda inputs: serve(inputs), input_signature=signature(batch_size))
+    archive.write_out(str(directory), verbose=False)
+    return names
+
+
+def signatures_of(saved_model: Path) -> dict[str, Any]:
+    """The functions that a SavedModel serves, by name.
+
+    Raises:
+        ValueError: If the folder is no SavedModel.
+    """
+    _check_is_saved_model(saved_model)
+    loaded = tf.saved_model.load(str(saved_model))
+    # A signature works as long as what it was loaded with lives.
+    functions = dict(loaded.signatures)
+    for function in functions.values():
+        function.kept_alive_by_tf_prune = loaded
+    return functions
+
+
+def has_trained_ranges(saved_model: Path) -> bool:
+    """Whether quantization-aware training has put its ranges into a SavedModel."""
+    return b"FakeQuantWithMinMaxVars" in (saved_model / "saved_model.pb").read_bytes()
+
+
+def convert(
+    saved_model: Path,
+    *,
+    dtype: str = "float32",
+    encoding: str = "dense",
+    representative: Iterable[Mapping[str, np.ndarray]] | None = None,
+    signature: str = _EXPORTED,
+    flex: bool = False,
+) -> bytes:
+    """The TF-Lite file of a SavedModel's signature.
+
+    Args:
+        saved_model: Its folder.
+        dtype: `"float32"`; `"float16"` and `"dynamic_int8"` for weights alone; `"int8"` for everything, inputs and
+            outputs too.
+        encoding: `"dense"`, or `"sparse"` for tensors with at least 30 % zeros.
+        representative: Real inputs by name, one example each: they give the ranges of `"int8"`. `None` where
+            quantization-aware training has given them.
+        signature: Which of the SavedModel's; the one of a fixed batch size is taken in the place of `serving_default`.
+        flex: Lets TensorFlow's own operators stand in the file where TF-Lite has none.
+
+    Raises:
+        ConversionError: If the converter refuses; names the operators that TF-Lite does not have.
+    """
+    _check_is_saved_model(saved_model)
+    present = _signature_names(saved_model)
+    if signature not in present:
+        raise ValueError(f"The SavedModel has no signature {signature!r}. It has: {', '.join(sorted(present))}.")
+    if signature == _EXPORTED and _FIXED_BATCH in present:
+        signature = _FIXED_BATCH
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[signature])
+    converter.optimizations = [] if dtype == "float32" else [tf.lite.Optimize.DEFAULT]
+    if encoding == "sparse":
+        converter.optimizations.append(tf.lite.Optimize.EXPERIMENTAL_SPARSITY)
+    operators = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    if dtype == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    elif dtype == "int8":
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+        if representative is not None:
+            operators = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.representative_dataset = lambda: iter(map(dict, representative))
+    converter.target_spec.supported_ops = [*operators, *([tf.lite.OpsSet.SELECT_TF_OPS] if flex else [])]
+    try:
+        with warnings.catch_warnings():
+            # Of TensorFlow's own calibration, about its own interpreter.
+            warnings.filterwarnings("ignore", ".*tf.lite.Interpreter is deprecated", UserWarning)
+            return bytes(converter.convert())
+    except Exception as error:
+        raise ConversionError(_why(str(error), dtype)) from error
+
+
+def _check_is_saved_model(folder: Path) -> None:
+    if not (folder / "saved_model.pb").is_file():
+        raise ValueError(f"Expected a SavedModel, a folder with saved_model.pb in it; got {folder}.")
+
+
+def _signature_names(saved_model: Path) -> set[str]:
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    content = saved_model_pb2.SavedModel()
+    content.ParseFromString((saved_model / "saved_model.pb").read_bytes())
+    return {name for graph in content.meta_graphs for name in graph.signature_def if not name.startswith("__")}
+
+
+def _why(message: str, dtype: str) -> str:
+    missing = sorted(
+        {
+            name
+            for names in re.findall(r"(?:Select|Custom) ops: ([\w, ]+)", message)
+            for name in re.split(r"[,\s]+", names)
+            if name
+        }
+    )
+    if missing:
+        return (
+            f"TF-Lite has no operator {', '.join(missing)}. Replace the layers that use it; or pass flex=True, which "
+            "keeps TensorFlow's own: such a file runs only in a runtime that was built with the Flex delegate."
+        )
+    first = next((line.strip() for line in message.splitlines() if "error:" in line), message.strip()[:500])
+    hint = " An operator of the model may have no int8 kernel: try dtype='dynamic_int8'." if dtype == "int8" else ""
+    return f"TensorFlow's converter failed: {first}{hint}"

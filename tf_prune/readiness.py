@@ -1,0 +1,303 @@
+"""A model -> the same model in the form that sparse kernels need. Meant for before training."""
+
+import dataclasses
+import io
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+from rich.console import Console
+from rich.table import Table
+
+from tf_prune.batches import inputs_like
+from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.prunable import check_model
+from tf_prune.sparse_inference import Obstacle, explain
+
+_SPARSITY_ITSELF = ("sparsity", "encoding", "blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What `make_ready` changed at one layer. `is_exact` says whether the outputs stay what they were."""
+
+    where: str
+    what: str
+    is_exact: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadinessReport:
+    """What `make_ready` did. `print(report)` shows it.
+
+    Attributes:
+        changes: Layer by layer.
+        remaining: What keeps sparse kernels from running on ARM still, with what would help; not counting sparsity.
+        is_trained: Whether the weights are known to be trained (by the optimizer's steps, or by the statistics of batch
+            normalization).
+        largest_difference: Of any output from the old model's, on four random inputs, relative to the largest output.
+    """
+
+    changes: tuple[Change, ...]
+    remaining: tuple[Obstacle, ...]
+    is_trained: bool
+    largest_difference: float
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing but sparsity is missing."""
+        return not self.remaining
+
+    def __str__(self) -> str:
+        state = "ready: prune it, train it, export it" if self.is_ready else "not ready"
+        table = Table(title=f"The model is {state}; {len(self.changes)} changes")
+        for column in ("layer", "change", "outputs"):
+            table.add_column(column, overflow="fold")
+        for change in self.changes:
+            table.add_row(change.where, change.what, "the same" if change.is_exact else "changed")
+        remaining = Table(title="What could not be changed")
+        for column in ("layer", "reason", "fix"):
+            remaining.add_column(column, overflow="fold")
+        for row in self.remaining:
+            remaining.add_row(f"{row.where} {row.operator}".strip(), row.reason, row.fix)
+        with io.StringIO() as stream:
+            console = Console(file=stream, width=120)
+            console.print(table)
+            if self.remaining:
+                console.print(remaining)
+            if self.is_trained:
+                difference = f"Outputs differ by up to {self.largest_difference:.2g} of the largest."
+                console.print(f"The weights are trained. {difference} Train the new model further before use.")
+            return stream.getvalue()
+
+
+def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
+    """A new functional model whose sparse 1x1 convolutions XNNPACK will run, as far as that can be had.
+
+    Changed are the paddings of the stem and of strided depthwise convolutions, which become the same on each side (they
+    see the image shifted by a pixel, so trained weights need further training). Changed with outputs staying what they
+    are: the squeezing of squeeze-and-excitation keeps its four axes, the scalars in it get four, and the last pooling
+    keeps none, since XNNPACK computes wrongly what would read them. Shapes, layers' names, weights, masks and the
+    settings of `compile` are carried over; the optimizer starts anew. The model that is passed is not changed.
+
+    Args:
+        model: A built functional or Sequential `keras.Model` on images, channels last.
+
+    Returns:
+        The new model, and a `ReadinessReport` of what changed and of what could not be.
+
+    Raises:
+        ValueError: If the model is subclassed, or does not say the shape of its inputs.
+
+    Warns:
+        UserWarning: If weights are trained and outputs change.
+
+    Example:
+        model, report = tf_prune.make_ready(keras.applications.MobileNetV2(weights=None, classes=10))
+        print(report)
+    """
+    check_model(model)
+    if not _is_functional(model):
+        raise ValueError(
+            f"make_ready lays a functional model anew, operator by operator; {model.name!r} is a "
+            f"{type(model).__name__}, whose operators are in its code. Build it with keras.Model(inputs, outputs)."
+        )
+    rebuilding = _Rebuilding()
+    ready = rebuilding.rebuild(model)
+    rebuilding.copy_weights()
+    masks = masks_of(model)
+    if masks:
+        apply_masks(ready, masks)
+    difference = _largest_difference(model, ready)
+    report = ReadinessReport(
+        tuple(rebuilding.changes),
+        tuple(row for row in explain(ready, "arm64").obstacles if row.kind not in _SPARSITY_ITSELF),
+        _is_trained(model),
+        difference,
+    )
+    if report.is_trained and not all(change.is_exact for change in report.changes):
+        warnings.warn(
+            f"The weights of {model.name!r} are trained, and paddings changed: outputs differ by up to "
+            f"{difference:.2g} of the largest. Train the new model further before use.",
+            stacklevel=2,
+        )
+    return ready, report
+
+
+def _is_trained(model: keras.Model) -> bool:
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and int(optimizer.iterations) > 0:
+        return True
+    statistics = (la.moving_mean for la in model._flatten_layers() if isinstance(la, layers.BatchNormalization))
+    return any(np.asarray(mean).any() for mean in statistics)
+
+
+def _largest_difference(old: keras.Model, new: keras.Model) -> float:
+    generator = np.random.default_rng(0)
+    inputs = inputs_like(old, lambda shape, dtype: generator.standard_normal((4, *shape)).astype(dtype))
+    if inputs is None:
+        raise ValueError(
+            f"The model {old.name!r} does not fix the size of its inputs. XNNPACK's sparse kernels need it: build it "
+            "with keras.Input(shape) of fixed sizes."
+        )
+    pairs = zip(
+        keras.tree.flatten(old(inputs, training=False)), keras.tree.flatten(new(inputs, training=False)), strict=True
+    )
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(np.asarray(a)).max(), 1e-30)) for a, b in pairs
+    )
+
+
+def _is_functional(layer: Any) -> bool:
+    return isinstance(layer, keras.Sequential) or (isinstance(layer, keras.Model) and hasattr(layer, "operations"))
+
+
+class _Rebuilding:
+    """Clones a functional model operator by operator, with the changes that make it ready."""
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []
+        self._clones: dict[int, tuple[Any, Any]] = {}
+        # By number of the new layer: what was taken out of the old one, to be put behind or before it.
+        self._without_padding: set[int] = set()
+        self._without_activation: set[int] = set()
+        self._without_axes: set[int] = set()
+
+    def rebuild(self, model: keras.Model) -> keras.Model:
+        if isinstance(model, keras.Sequential):
+            plain = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+            if model.compiled:
+                plain.compile_from_config(model.get_compile_config())
+            model = plain
+        return keras.models.clone_model(model, clone_function=self._clone, call_function=self._call)
+
+    def copy_weights(self) -> None:
+        for old, new in self._clones.values():
+            if not _is_functional(old):
+                new.set_weights(old.get_weights())
+
+    def _clone(self, operation: Any) -> Any:
+        if not isinstance(operation, keras.Layer):
+            return operation
+        if id(operation) not in self._clones:
+            self._clones[id(operation)] = operation, self._new(operation)
+        return self._clones[id(operation)][1]
+
+    def _new(self, layer: keras.Layer) -> keras.Layer:
+        if _is_functional(layer):
+            return self.rebuild(layer)
+        config = layer.get_config()
+        takes_padding = _is_strided(layer) and layer.padding == "same"
+        if takes_padding:
+            config["padding"] = "valid"
+        takes_activation = _squeezed_hard_sigmoid(layer)
+        if takes_activation:
+            config["activation"] = "linear"
+        takes_axes = isinstance(layer, layers.GlobalAveragePooling2D) and layer.keepdims and _is_end(layer)
+        if takes_axes:
+            config["keepdims"] = False
+        new = type(layer).from_config(config)
+        if takes_axes:
+            self._without_axes.add(id(new))
+        if takes_padding:
+            self._without_padding.add(id(new))
+        if takes_activation:
+            self._without_activation.add(id(new))
+        return new
+
+    def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_strided(operation):
+            args = (self._padded(operation, args[0]), *args[1:])
+        elif self._is_unsqueezing(operation, args):
+            return self._with_axes_kept(args[0])
+        elif type(operation).__name__ in ("Add", "Multiply") and not isinstance(operation, keras.Layer):
+            args = self._with_four_axes(operation, args)
+        outputs = operation(*args, **kwargs)
+        if id(operation) in self._without_axes:
+            self.changes.append(Change(operation.name, "keepdims=False, and Reshape behind it", True))
+            outputs = layers.Reshape((1, 1, outputs.shape[-1]), name=f"{operation.name}_axes")(outputs)
+        if id(operation) in self._without_activation:
+            self.changes.append(Change(operation.name, "constants of hard sigmoid with four axes", True))
+            outputs = keras.ops.relu6(keras.ops.add(outputs, _four_axes(3))) * _four_axes(1 / 6)
+        return outputs
+
+    def _padded(self, layer: Any, image: Any) -> Any:
+        """The image with the same padding on each side, if the layer's output keeps its size so; or else as it is."""
+        half = layer.kernel_size[0] // 2
+        if id(layer) in self._without_padding:
+            # `same` pads evenly where the size is odd, and the end alone where it is even.
+            source, what = image, "'same'"
+            is_exact = all(size is not None and size % 2 == 1 for size in image.shape[1:3])
+        else:
+            before = image._keras_history.operation
+            if type(before) is not layers.ZeroPadding2D or before.padding == ((half, half), (half, half)):
+                return image
+            source, what, is_exact = before.input, f"ZeroPadding2D({before.padding})", False
+            sizes = zip(source.shape[1:3], before.padding, strict=True)
+            reach = 2 * half + 1
+            if any(n is None or (n + sum(pads) - reach) // 2 != (n + 2 * half - reach) // 2 for n, pads in sizes):
+                return image
+        self.changes.append(Change(layer.name, f"ZeroPadding2D({half}) in the place of {what}", is_exact))
+        return layers.ZeroPadding2D(half, name=f"{layer.name}_padding")(source)
+
+    def _is_unsqueezing(self, operation: Any, args: tuple[Any, ...]) -> bool:
+        """Whether it gives a squeezed image its axes back, for attention to the image."""
+        if not isinstance(operation, layers.Reshape) or tuple(operation.target_shape[:2]) != (1, 1):
+            return False
+        pooling = args[0]._keras_history.operation
+        if not isinstance(pooling, layers.GlobalAveragePooling2D) or pooling.keepdims:
+            return False
+        return any(new is pooling and not _is_end(old) for old, new in self._clones.values())
+
+    def _with_axes_kept(self, pooled: Any) -> Any:
+        pooling = pooled._keras_history.operation
+        self.changes.append(Change(pooling.name, "keepdims=True in the place of Reshape", True))
+        return layers.GlobalAveragePooling2D(keepdims=True, name=f"{pooling.name}_keepdims")(pooling.input)
+
+    def _with_four_axes(self, operation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shapes = [getattr(arg, "shape", None) for arg in args]
+        if not any(shape is not None and len(shape) == 4 and shape[1:3] == (1, 1) for shape in shapes):
+            return args
+        if not any(isinstance(arg, (int, float)) for arg in args):
+            return args
+        self.changes.append(Change(operation.name, "a constant with four axes in the place of a scalar", True))
+        return tuple(_four_axes(arg) if isinstance(arg, (int, float)) else arg for arg in args)
+
+
+def _four_axes(number: float) -> np.ndarray:
+    """XNNPACK takes a constant beside an image only with the axes of an image."""
+    return np.full((1, 1, 1, 1), number, "float32")
+
+
+def _is_strided(layer: Any) -> bool:
+    """Whether it is a stem, or a strided depthwise convolution, of a form that XNNPACK takes with even padding."""
+    if not isinstance(layer, (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)):
+        return False
+    if layer.strides != (2, 2) or layer.dilation_rate != (1, 1) or layer.data_format != "channels_last":
+        return False
+    if isinstance(layer, layers.Conv2D):
+        channels = layer.kernel.shape[2] if layer.built else 3
+        return layer.kernel_size == (3, 3) and layer.groups == 1 and channels == 3
+    return layer.kernel_size in ((3, 3), (5, 5)) and layer.depth_multiplier == 1
+
+
+def _squeezed_hard_sigmoid(layer: Any) -> bool:
+    if getattr(layer, "activation", None) is not keras.activations.hard_sigmoid:
+        return False
+    shape = getattr(layer.output, "shape", ()) if len(layer._inbound_nodes) == 1 else ()
+    return len(shape) == 4 and shape[1:3] == (1, 1)
+
+
+def _is_end(pooling: keras.Layer) -> bool:
+    """Whether no image follows, as it does where channels are squeezed for attention."""
+    waiting, seen = [pooling], set()
+    while waiting:
+        for node in waiting.pop()._outbound_nodes:
+            if any(len(t.shape) == 4 and t.shape[1:3] != (1, 1) for t in node.outputs):
+                return False
+            if id(node.operation) not in seen:
+                seen.add(id(node.operation))
+                waiting.append(node.operation)
+    return True

@@ -1,0 +1,146 @@
+"""What is exported, a Keras model or a SavedModel, seen alike: kernels, and inputs and outputs by name."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from tf_prune.batches import Batches, inputs_like
+from tf_prune.conversion import has_trained_ranges, signatures_of, write_saved_model
+from tf_prune.enforcement import masks_of
+from tf_prune.parity import Arrays
+from tf_prune.prunable import check_model, find_kernels
+
+
+class KerasSource:
+    """A Keras model as what is exported: its kernels, its inputs by name, and its outputs by name."""
+
+    def __init__(self, model: keras.Model, batches: Batches):
+        check_model(model)
+        self._model, self._batches = model, batches
+        self.layers = {layer.name: type(layer).__name__ for layer in model._flatten_layers(include_self=False)}
+        masks = masks_of(model)
+        # Tables of embeddings, and biases, count where they were pruned.
+        plain = find_kernels(model, ())
+        kernels = {path: v for path, v in find_kernels(model).items() if path in masks or path in plain}
+        for path, mask in masks.items():
+            if np.asarray(kernels[path])[~mask].any():
+                raise ValueError(
+                    f"Pruned weights of {path!r} are not zero; they were set from outside after pruning. Call "
+                    "tf_prune.apply_masks(model, tf_prune.masks_of(model)) and export again."
+                )
+        for variable in model.weights:
+            array = keras.ops.convert_to_numpy(variable)
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(
+                    f"{variable.path!r} holds NaN or infinity, so the outputs would mean nothing. Train with a smaller "
+                    "learning rate, or load weights from before it happened."
+                )
+        self.variables = kernels
+        self._example = self._first_input()
+        self._names: list[str] = []
+
+    @property
+    def kernels(self) -> dict[str, np.ndarray]:
+        """The weights as they are now."""
+        return {path: np.asarray(variable) for path, variable in self.variables.items()}
+
+    def write(self, folder: Path, batch_size: int | None = None) -> None:
+        """Writes the SavedModel."""
+        self._names = write_saved_model(self._model, self._example, folder, batch_size)
+
+    def inputs(self) -> Iterator[Arrays]:
+        """Batches of the data, or the random ones."""
+        examples = (_as_inputs(self._model, x) for x, _, _ in self._batches)
+        for x in examples if self._batches.given else [self._example]:
+            yield dict(zip(self._names, keras.tree.flatten(x), strict=True))
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        """What Keras computes."""
+        x = keras.tree.pack_sequence_as(self._example, [inputs[name] for name in self._names])
+        outputs = self._model(x, training=False)
+        leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(outputs)]
+        keys = sorted(outputs) if isinstance(outputs, dict) else [f"output_{i}" for i in range(len(leaves))]
+        return dict(zip(keys, leaves, strict=True))
+
+    def _first_input(self) -> Any:
+        """One batch of inputs: of the data, or random ones of the shape that the model says."""
+        if self._batches.given:
+            return _as_inputs(self._model, next(iter(self._batches.take(1)))[0])
+        generator = np.random.default_rng(0)
+        inputs = inputs_like(self._model, lambda shape, dtype: generator.standard_normal((32, *shape)).astype(dtype))
+        if inputs is None:
+            raise ValueError(
+                f"The model {self._model.name!r} does not say of what shape its inputs are. Pass data=(x, y): x gives "
+                "the shape, and real inputs to compare on."
+            )
+        return inputs
+
+
+class SavedModelSource:
+    """A signature of a SavedModel as what is exported; its variables stand for kernels."""
+
+    def __init__(self, folder: Path, signature: str, batches: Batches):
+        signatures = signatures_of(folder)
+        if signature not in signatures:
+            raise ValueError(f"{folder} has no signature {signature!r}. It has: {', '.join(sorted(signatures))}.")
+        self._folder, self._function, self._batches = folder, signatures[signature], batches
+        self._specs = self._function.structured_input_signature[1]
+        self.layers: dict[str, str] = {}
+        self.has_trained_ranges = has_trained_ranges(folder)
+        variables = {v.name: v for v in self._function.variables if v.shape.rank >= 2 and v.dtype.is_floating}
+        self.kernels = {name.removesuffix(":0"): v.numpy() for name, v in variables.items()}
+
+    def write(self, folder: Path, batch_size: int | None = None) -> None:
+        """Copies it."""
+        shutil.copytree(self._folder, folder)
+
+    def inputs(self) -> Iterator[Arrays]:
+        """Batches of the data, or random ones of the signature's shapes."""
+        if not self._batches.given:
+            yield {name: self._random(spec) for name, spec in self._specs.items()}
+        for x, _, _ in self._batches if self._batches.given else ():
+            leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(x)]
+            if not isinstance(x, dict) and len(leaves) != len(self._specs):
+                raise ValueError(f"data has {len(leaves)} inputs, the signature {len(self._specs)}: {self._specs}.")
+            named = x if isinstance(x, dict) else dict(zip(self._specs, leaves, strict=True))
+            yield {name: self._checked(np.asarray(named[name]), spec) for name, spec in self._specs.items()}
+
+    def _random(self, spec: Any) -> np.ndarray:
+        shape = spec.shape.as_list()
+        if None in shape[1:]:
+            raise ValueError(f"The signature leaves sizes of its input open ({shape}). Pass data=(x, y) to fix them.")
+        generator = np.random.default_rng(0)
+        return generator.standard_normal((shape[0] or 32, *shape[1:])).astype(spec.dtype.as_numpy_dtype)
+
+    def _checked(self, array: np.ndarray, spec: Any) -> np.ndarray:
+        if not spec.shape.is_compatible_with(array.shape):
+            raise ValueError(f"data has inputs of shape {array.shape}, the signature expects {spec.shape}.")
+        return array.astype(spec.dtype.as_numpy_dtype, copy=False)
+
+    def outputs(self, inputs: Arrays) -> Arrays:
+        """What the signature computes."""
+        import tensorflow as tf
+
+        tensors = {name: tf.constant(array) for name, array in inputs.items()}
+        return {name: tensor.numpy() for name, tensor in self._function(**tensors).items()}
+
+
+def _as_inputs(model: keras.Model, x: Any) -> Any:
+    """The examples in the dtypes that the model takes: NumPy's float64 is not what a file should ask for."""
+    leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(x)]
+    tensors = getattr(model, "inputs", None) or []
+    dtypes = [tensor.dtype for tensor in tensors]
+    if len(dtypes) != len(leaves):
+        dtypes = [keras.config.floatx() if leaf.dtype == np.float64 else leaf.dtype for leaf in leaves]
+    for tensor, leaf in zip(tensors, leaves, strict=False):
+        sizes = zip(tensor.shape[1:], leaf.shape[1:], strict=False)
+        if len(tensor.shape) != leaf.ndim or any(a not in (None, b) for a, b in sizes):
+            raise ValueError(
+                f"data has inputs of shape {leaf.shape}, but {model.name!r} takes (batch, "
+                f"{', '.join(map(str, tensor.shape[1:]))}). Pass data=(x, y) with x as the model takes it."
+            )
+    return keras.tree.pack_sequence_as(x, [a.astype(d, copy=False) for a, d in zip(leaves, dtypes, strict=True)])
