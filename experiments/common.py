@@ -58,7 +58,7 @@ class Config:
 
 
 _HELP = {
-    "method": "How to prune.",
+    "method": "How to prune; tfmot is TensorFlow's own toolkit, which prunes while it trains.",
     "sparsity": "Fraction of the prunable weights to remove, in [0, 1).",
     "model": "The network.",
     "dataset": "What it is trained on.",
@@ -78,8 +78,9 @@ _HELP = {
     "retrain_initializer": "Draws the kernels anew between pruning and training; empty to train what was pruned.",
     "condition_gain": "Singular values that the pruned kernels are brought near to before training; 0 leaves them.",
 }
+METHODS = (*tf_prune.METHODS, "tfmot")
 _CHOICES = {
-    "method": tuple(tf_prune.METHODS),
+    "method": METHODS,
     "model": tuple(models.MODELS),
     "dataset": datasets.DATASETS,
     "scope": tf_prune.SCOPES,
@@ -170,6 +171,8 @@ def pruning(config: Config, data: datasets.Dataset, verbose: int = 0) -> list[ke
     """What is done to the model before training, as callbacks; the first of them prunes."""
     if config.method == "dense":
         return []
+    if config.method == "tfmot":
+        raise ValueError("--method=tfmot prunes while it trains: there is no pruned network before. Choose another.")
     # Of a stream of its own, which leaves the order of training alone; kept, since each pass shuffles anew.
     scoring = list(batches(data, config).take(config.score_batches))
     callbacks: list[keras.callbacks.Callback] = [
@@ -208,16 +211,23 @@ def train(config: Config, data: datasets.Dataset, verbose: int = 0) -> tuple[ker
     The same seed gives every method the same initial weights, the same scoring batches, and the same order of the data.
     """
     model = initial_model(config, data)
-    training = batches(data, config)
-    callbacks = pruning(config, data, verbose)
-    history = model.fit(training, epochs=config.epochs, callbacks=callbacks, shuffle=False, verbose=0)
+    callbacks: list[Any] = []
+    if config.method == "tfmot":
+        from experiments import tfmot_baseline
+
+        model, losses = tfmot_baseline.fit(model, config, data)
+    else:
+        training = batches(data, config)
+        callbacks = pruning(config, data, verbose)
+        history = model.fit(training, epochs=config.epochs, callbacks=callbacks, shuffle=False, verbose=0)
+        losses = history.history.get("loss", [])
     loss, accuracy = model.evaluate(data.x_test, data.y_test, batch_size=500, verbose=0)
     kernels = tf_prune.find_prunable(model).prunable.values()
     zeros = sum(int(np.count_nonzero(np.asarray(kernel) == 0)) for kernel in kernels)
     results = {
         "accuracy": float(accuracy),
         "loss": float(loss),
-        "train_loss": float(history.history["loss"][-1]) if config.epochs else None,
+        "train_loss": float(losses[-1]) if losses else None,
         "sparsity": zeros / sum(int(np.prod(kernel.shape)) for kernel in kernels),
         "emptied": list(callbacks[0].report.emptied) if callbacks else [],
     }

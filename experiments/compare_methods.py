@@ -35,9 +35,9 @@ def run(
     output_dir: Path,
 ) -> list[dict]:
     """Does each run that is not done yet; returns all results in order."""
-    unknown = [name for name in methods if name not in tf_prune.METHODS]
+    unknown = [name for name in methods if name not in common.METHODS]
     if unknown:
-        raise ValueError(f"Unknown methods {', '.join(unknown)}. Expected some of {', '.join(tf_prune.METHODS)}.")
+        raise ValueError(f"Unknown methods {', '.join(unknown)}. Expected some of {', '.join(common.METHODS)}.")
     configs = [dataclasses.replace(config, method="dense", sparsity=0.0, seed=seed) for seed in seeds]
     configs += [
         dataclasses.replace(config, method=method, sparsity=tf_prune.check_sparsity(sparsity), seed=seed)

@@ -167,6 +167,38 @@ def resnet50(input_shape: Sequence[int], num_classes: int) -> keras.Model:
     return keras.Model(inputs, outputs, name="resnet50")
 
 
+def _separable_block(x, filters: int, strides: int):
+    if strides > 1:
+        x = layers.ZeroPadding2D(1)(x)
+    padding = "valid" if strides > 1 else "same"
+    x = layers.DepthwiseConv2D(3, strides, padding, use_bias=False, depthwise_initializer=_he_normal())(x)
+    x = layers.ReLU()(layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x))
+    return _conv_bn(x, filters, kernel_size=1)
+
+
+def _mobilenet_v1(input_shape, num_classes, strides, name) -> keras.Model:
+    inputs = keras.Input(input_shape)
+    x = _conv_bn(inputs, 32, strides=strides[0])
+    widths = [64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]
+    for filters, stride in zip(widths, strides[1:], strict=True):
+        x = _separable_block(x, filters, stride)
+    x = layers.GlobalAveragePooling2D()(x)
+    outputs = layers.Dense(num_classes, kernel_initializer=_he_normal())(x)
+    return keras.Model(inputs, outputs, name=name)
+
+
+def mobilenet_v1(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """MobileNet-V1 for small images, stem without strides: 3,195,328 prunable weights on CIFAR-10 (Lubana and Dick)."""
+    strides = (1, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
+    return _mobilenet_v1(input_shape, num_classes, strides, "mobilenet_v1")
+
+
+def mobilenet_v1_ready(input_shape: Sequence[int], num_classes: int) -> keras.Model:
+    """The same with the first strides in the stem, as XNNPACK's sparse kernels need it; as many weights."""
+    strides = (2, 1, 1, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
+    return _mobilenet_v1(input_shape, num_classes, strides, "mobilenet_v1_ready")
+
+
 def digits_convnet(input_shape: Sequence[int], num_classes: int) -> keras.Model:
     """A small convolutional network for 8x8 images, with batch normalization: 60,688 prunable weights."""
     x = inputs = keras.Input(input_shape)
@@ -188,6 +220,8 @@ MODELS: dict[str, Callable[[Sequence[int], int], keras.Model]] = {
         f"mlp_{activation}_{depth}": _mlp(activation, depth) for activation in ("linear", "tanh") for depth in (3, 5, 7)
     },
     "gru": gru,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v1_ready": mobilenet_v1_ready,
     "resnet8_narrow": resnet8_narrow,
     "resnet8": resnet8,
     "resnet32x2": resnet32x2,

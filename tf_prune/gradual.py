@@ -9,7 +9,7 @@ from tf_prune.callbacks import PruningCallback
 from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.methods import Method, as_iterative
 from tf_prune.pruning import Pruner
-from tf_prune.schedules import Harmonic, Schedule
+from tf_prune.schedules import Harmonic, Schedule, as_schedule
 from tf_prune.scopes import TooLowSparsityError
 
 
@@ -22,7 +22,8 @@ class GradualPruning(PruningCallback):
 
     Args:
         criterion: As `method` in `tf_prune.prune`.
-        schedule: An object such as `Cubic(0.9)`, which has the target.
+        schedule: An object such as `Cubic(0.9)`, which has the target. Or a `PolynomialDecay` or `ConstantSparsity` of
+            TensorFlow's toolkit (tfmot), whose steps are then `begin`, `end` and `frequency`.
         begin: A step (an integer), or a fraction of the run (a float in [0, 1]).
         end: The same. What is left of the run after it trains the final network.
         frequency: How many steps between two prunings, or which fraction of the run.
@@ -43,7 +44,10 @@ class GradualPruning(PruningCallback):
     0.9
 
     Source: Zhu and Gupta 2017, with magnitudes and a cubic schedule. Deviation: there a pruned weight that was trained
-    further in the shadow of its mask can come back.
+    further in the shadow of its mask can come back. Deviations from tfmot with the same schedule: tfmot prunes as step
+    s begins, here s is over, one update later. It counts from 1, so that a `begin_step` of 0 prunes the untrained model
+    here, and there nothing before step `frequency`. It misses its target if `frequency` does not lead to `end_step`. It
+    gives each layer the same sparsity; here `scope="layerwise"` does.
     """
 
     def __init__(
@@ -60,11 +64,15 @@ class GradualPruning(PruningCallback):
         **options: Any,
     ):
         super().__init__(as_iterative(criterion), data, loss, verbose=verbose, **options)
-        if not isinstance(schedule, Schedule):
+        self.schedule, steps = as_schedule(schedule)
+        if steps is not None and (begin, end, frequency) != (0.0, 0.75, 0.01):
             raise ValueError(
-                f"schedule must be an object that has the target, such as tf_prune.Cubic(0.9); got {schedule!r}."
+                f"{type(schedule).__name__} has its own steps, and begin={begin!r}, end={end!r} and "
+                f"frequency={frequency!r} would be others. Leave these out, or pass a schedule such as "
+                "tf_prune.Cubic(0.9)."
             )
-        self.schedule = schedule
+        if steps is not None:
+            begin, end, frequency = steps
         self.begin, self.end, self.frequency = begin, end, frequency
         for name in ("begin", "end", "frequency"):
             _as_steps(name, getattr(self, name), 1)

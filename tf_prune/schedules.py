@@ -6,6 +6,7 @@ target itself, so that the final count is exact.
 
 import abc
 import dataclasses
+from typing import Any
 
 from tf_prune.scopes import check_sparsity
 
@@ -77,6 +78,32 @@ class Cubic(Schedule):
         return self.sparsity + (self.initial_sparsity - self.sparsity) * (1 - progress) ** 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Polynomial(Schedule):
+    """`Cubic` with a power of one's own: `sparsity_t = sparsity + (s0 - sparsity) * (1 - t)**power`.
+
+    Args:
+        sparsity: The target, in [0, 1).
+        initial_sparsity: Where it starts, at most the target.
+        power: Above 0. The larger, the more is removed at first.
+
+    >>> round(Polynomial(0.8, power=2)(0.5), 6)
+    0.6
+
+    Source: the `PolynomialDecay` of TensorFlow's toolkit.
+    """
+
+    power: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.power > 0:
+            raise ValueError(f"power must be above 0, got {self.power!r}.")
+
+    def _between(self, progress: float) -> float:
+        return self.sparsity + (self.initial_sparsity - self.sparsity) * (1 - progress) ** self.power
+
+
 class Exponential(Schedule):
     """The same fraction of what is left is removed at each step: `density_t = d0**(1 - t) * density**t`.
 
@@ -112,3 +139,31 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "exponential": Exponential,
     "harmonic": Harmonic,
 }
+
+
+def as_schedule(schedule: Any) -> tuple[Schedule, tuple[int, int, int] | None]:
+    """A schedule, and its own begin, end and frequency in steps if it has them.
+
+    Has them: a `PolynomialDecay` or `ConstantSparsity` of TensorFlow's toolkit. They are known by their attributes, so
+    that the toolkit need not be there. A constant sparsity ends where it begins: what is pruned here stays so, and
+    pruning again would change nothing.
+
+    Args:
+        schedule: A `Schedule`, or an object of the toolkit.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule, None
+    if all(hasattr(schedule, name) for name in ("begin_step", "end_step", "frequency")):
+        begin, end, frequency = int(schedule.begin_step), int(schedule.end_step), int(schedule.frequency)
+        if all(hasattr(schedule, name) for name in ("initial_sparsity", "final_sparsity", "power")):
+            polynomial = Polynomial(schedule.final_sparsity, schedule.initial_sparsity, schedule.power)
+            return polynomial, (begin, end, frequency)
+        if hasattr(schedule, "target_sparsity"):
+            return Constant(schedule.target_sparsity), (begin, begin, frequency)
+    raise ValueError(
+        "schedule must be an object that has the target: PolynomialDecay or ConstantSparsity of TensorFlow's toolkit, "
+        f"or one such as tf_prune.Cubic(0.9); got {schedule!r}."
+    )
