@@ -34,9 +34,10 @@ def network(
     middle: Callable[[Any], Any] = lambda x: x,
     begin: Callable[[Any], Any] = stem,
     end: Callable[[Any], Any] = head,
+    size: int = 48,
 ) -> keras.Model:
     """A MobileNet of two blocks with something in the middle, at the beginning or at the end of it."""
-    inputs = keras.Input((48, 48, 3))
+    inputs = keras.Input((size, size, 3))
     x = middle(pointwise(depthwise(pointwise(begin(inputs)))))
     return keras.Model(inputs, end(pointwise(pointwise(depthwise(x)))), name="network")
 
@@ -53,6 +54,12 @@ def _two_outputs(x: Any) -> list[Any]:
 
 def _constant(x: Any) -> Any:
     return keras.ops.multiply(x, np.linspace(0.5, 1, _WIDTH, dtype="float32").reshape(1, 1, 1, _WIDTH))
+
+
+def _to_one_pixel(x: Any) -> Any:
+    for _ in range(4):
+        x = pointwise(depthwise(x, 2))
+    return head(pointwise(x))
 
 
 def _pooled(x: Any) -> Any:
@@ -78,6 +85,7 @@ NETS: dict[str, tuple[Callable[[], keras.Model], bool, str]] = {
     "preprocessing": (lambda: network(begin=lambda x: stem(layers.Rescaling(1 / 127.5, -1)(x))), True, ""),
     "depthwise same": (lambda: network(lambda x: layers.DepthwiseConv2D(3, padding="same")(x)), True, ""),
     "depthwise 5x5": (lambda: network(lambda x: depthwise(x, 2, 5)), True, ""),
+    "one pixel left": (lambda: network(end=_to_one_pixel, size=32), True, ""),
     "residual": (lambda: network(lambda x: layers.Add()([x, pointwise(x)])), True, ""),
     "squeeze and excite": (lambda: network(_squeeze_and_excite), True, ""),
     "tanh": (lambda: network(layers.Activation("tanh")), True, ""),

@@ -34,8 +34,8 @@ from experiments import common
 from tf_prune.conversion import convert, write_saved_model
 from tf_prune.readiness import make_ready
 
-_CASES = flags.DEFINE_string("cases", "", "Only rows whose names have this regular expression in them.")
-_SECONDS = flags.DEFINE_float("seconds_a_case", 10.0, "About how long a row is measured.", lower_bound=0.0)
+CASES = flags.DEFINE_string("cases", "", "Only rows whose names have this regular expression in them.")
+SECONDS = flags.DEFINE_float("seconds_a_case", 10.0, "About how long a row is measured.", lower_bound=0.0)
 
 ON_DEVICE = Path(__file__).with_name("on_device.py")
 # Of the largest output. Rounding differs between kernels; more than that, and it would be another model.
@@ -162,7 +162,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         seconds: About how long the two files are run.
 
     Returns:
-        What `on_device.py` says: the sparse file first.
+        What `on_device.py` says, the sparse file first; and what `tf_prune.explain` says of that file.
 
     Raises:
         aarch64.UnavailableError: If it is measured on aarch64, and that cannot be had.
@@ -174,11 +174,25 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         examples = 2 if case.is_aarch64 else 32  # emulated, a MobileNet takes seconds for each
         arguments = [str(ON_DEVICE), str(sparse), f"--against={plain}", "--json", f"--batch={case.batch}"]
         arguments += [f"--seconds={seconds}", f"--examples={max(examples, case.batch)}"]
-        return json.loads(aarch64.run(arguments) if case.is_aarch64 else _run_here(arguments))
+        try:
+            result = json.loads(aarch64.run(arguments) if case.is_aarch64 else _run_here(arguments))
+        except subprocess.CalledProcessError as error:
+            # Of models that LiteRT does not load, or whose sparse outputs have other shapes.
+            result = {"failed": f"exit code {error.returncode}"}
+        explanation = tf_prune.explain(sparse, "arm64" if case.is_aarch64 else "x86")
+    found = [f"{o.operator or o.kind}" for o in explanation.obstacles]
+    result["explained"] = {
+        "runs_sparse": explanation.runs_sparse,
+        "verdict": "runs sparse" if explanation.runs_sparse else "runs dense",
+        "in_the_way": ", ".join(sorted(set(found))),
+    }
+    return result
 
 
 def is_right(case: Case, result: dict[str, Any]) -> bool:
     """Whether the two files computed the same; where they did not, it says nothing how fast one of them is."""
+    if "failed" in result:
+        return False
     difference = result["agreement"]["relative"]
     return difference is not None and difference <= TOLERANCES[case.dtype]
 
@@ -189,6 +203,9 @@ def _run_here(arguments: list[str]) -> str:
 
 def row(case: Case, result: dict[str, Any]) -> tuple[str, ...]:
     """The cells of a case's row."""
+    name = case.model if case.dtype == "float32" else f"{case.model}, {case.dtype}"
+    if "failed" in result:
+        return name, f"{case.sparsity:.0%}, {case.structure}", str(case.batch), "", "", "", result["failed"], ""
     sparse, dense = ((model["bytes"], model["latency"][0]["median_ms"]) for model in result["models"])
     ratio = result["speedup"][0]
     mark = f" ({result['label']})" if result["label"] else ""
@@ -199,7 +216,7 @@ def row(case: Case, result: dict[str, Any]) -> tuple[str, ...]:
             "not finite" if difference is None else f"differ by {difference:.2g} of the largest"
         )
     return (
-        case.model if case.dtype == "float32" else f"{case.model}, {case.dtype}",
+        name,
         f"{case.sparsity:.0%}, {case.structure}",
         str(case.batch),
         result["machine"] + mark,
@@ -247,10 +264,10 @@ def collect(chosen: list[Case], output_dir: Path, seconds: float) -> dict[Case, 
 def main() -> None:
     tf.get_logger().setLevel("ERROR")
     found = cases()
-    chosen = [case for case in found if re.search(_CASES.value, case.name)]
+    chosen = [case for case in found if re.search(CASES.value, case.name)]
     if not chosen:
-        raise ValueError(f"--cases={_CASES.value} is in no name of a row; they are: {'; '.join(c.name for c in found)}")
-    results = collect(chosen, Path(common.OUTPUT_DIR.value), _SECONDS.value)
+        raise ValueError(f"--cases={CASES.value} is in no name of a row; they are: {'; '.join(c.name for c in found)}")
+    results = collect(chosen, Path(common.OUTPUT_DIR.value), SECONDS.value)
     print(table(results))
     wrong = [case.name for case, result in results.items() if not is_right(case, result)]
     if wrong:

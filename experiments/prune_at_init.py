@@ -1,10 +1,11 @@
 """Prune a network before training, train it beside the dense one, and export it for the edge.
 
-    python -m experiments.prune_at_init
+    python -m experiments.prune_at_init --model=digits_mobilenet --sparsity=0.9
     python -m experiments.prune_at_init --method=snip --sparsity=0.98 --model=lenet_300_100 --dataset=mnist --epochs=10
 
 Prints a table of both networks' accuracies, sparsities and sizes. Writes to `--output_dir`/NAME `results.json` and
-`kept_weights.png`, and to `--export_dir`/NAME the SavedModel, the TF-Lite file and the export's report.
+`kept_weights.png`, and to `--export_dir`/NAME the SavedModel, the TF-Lite file and the export's report, with a plot of
+size and latency against sparsity.
 """
 
 import dataclasses
@@ -18,17 +19,23 @@ from rich.table import Table
 
 import tf_prune
 from experiments import common, datasets
+from tf_prune.conversion import DTYPES
 
+_SWEEP = (0.0, 0.5, 0.75, 0.95)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the weights in the TF-Lite file; int8 is of everything.")
 _EXPORT_DIR = flags.DEFINE_string("export_dir", "saved_models", "Where the pruned model is exported.")
 
 
-def run(config: common.Config, data_dir: str | None, output_dir: Path, export_dir: Path) -> dict[str, Any]:
+def run(
+    config: common.Config, data_dir: str | None, output_dir: Path, export_dir: Path, dtype: str = "float32"
+) -> dict[str, Any]:
     """Trains the dense and the pruned network, exports the pruned one, and returns what is written to results.json."""
     tf_prune.check_sparsity(config.sparsity)
     data = datasets.load(config.dataset, data_dir)
     _, dense = common.train(dataclasses.replace(config, method="dense"), data)
     model, pruned = common.train(config, data, verbose=1)
-    report = tf_prune.export(model, export_dir / config.name, data=(data.x_test[:1000], data.y_test[:1000]))
+    examples = data.x_test[:1000], data.y_test[:1000]
+    report = tf_prune.export(model, export_dir / config.name, examples, dtype=dtype, sweep=_SWEEP)
     print(report)
     plot_kept_weights(tf_prune.masks_of(model), output_dir / config.name / "kept_weights.png", config)
     results = {
@@ -86,16 +93,15 @@ def print_results(results: Mapping[str, Any], output_dir: Path, export_dir: Path
     console = Console()
     console.print(table)
     console.print(f"{output_dir / config.name}: results.json, kept_weights.png", highlight=False, soft_wrap=True)
-    console.print(
-        f"{export_dir / config.name}: saved_model, model.tflite, report.json", highlight=False, soft_wrap=True
-    )
+    console.print(f"{export_dir / config.name}: saved_model, model.tflite, report.md", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Reads the flags."""
     config = common.config_of_flags()
     output_dir, export_dir = Path(common.OUTPUT_DIR.value), Path(_EXPORT_DIR.value)
-    print_results(run(config, common.DATA_DIR.value, output_dir, export_dir), output_dir, export_dir)
+    results = run(config, common.DATA_DIR.value, output_dir, export_dir, _DTYPE.value)
+    print_results(results, output_dir, export_dir)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -16,6 +17,12 @@ tf.config.set_logical_device_configuration(
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_finish(session):
+    """Leaves what was imported out of the garbage collections that `clear_session` does for each test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

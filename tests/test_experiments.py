@@ -29,6 +29,9 @@ PRUNABLE = {
         for k in (3, 5, 7)
     },
     ("gru", (28, 28, 1)): (39_400, 3),
+    ("mobilenet_v1", (32, 32, 3)): (3_195_328, 28),
+    ("mobilenet_v1_ready", (32, 32, 3)): (3_195_328, 28),
+    ("digits_mobilenet", (8, 8, 1)): (13_472, 8),
     ("digits_convnet", (8, 8, 1)): (60_688, 5),
 }
 
@@ -70,7 +73,13 @@ def test_the_main_job_writes_what_it_says(tmp_path, capsys):
     assert results["config"]["epochs"] == 1
     picture = (tmp_path / "results" / name / "kept_weights.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert sorted(os.listdir(tmp_path / "exported" / name)) == ["model.tflite", "report.json", "saved_model"]
+    assert sorted(os.listdir(tmp_path / "exported" / name)) == [
+        "model.tflite",
+        "report.json",
+        "report.md",
+        "report.png",
+        "saved_model",
+    ]
     shown = capsys.readouterr().out
     for text in ("test accuracy", "dense", "force", "95.00%", "TF-Lite bytes"):
         assert text in shown

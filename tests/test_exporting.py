@@ -12,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 import tf_prune
 from tests import helpers
-from tf_prune import exporting, tflite
+from tf_prune import exporting, sources, tflite
 
 
 def pruned(name="conv_bn", sparsity=0.7, method="snip"):
@@ -157,17 +157,21 @@ def test_the_file_takes_the_models_dtype_and_not_that_of_the_data(name, tmp_path
 def test_outputs_that_disagree_raise_and_leave_nothing(tmp_path, monkeypatch):
     model = pruned("mlp")
     other = helpers.build("mlp", seed=5)
-    honest = exporting._write_saved_model
-    monkeypatch.setattr(exporting, "_write_saved_model", lambda _, *rest: honest(other, *rest))
-    with pytest.raises(tf_prune.ExportError, match=r"differs from Keras's by up to .* Nothing was written"):
+    honest = sources.write_saved_model
+    monkeypatch.setattr(sources, "write_saved_model", lambda _, *rest: honest(other, *rest))
+    with pytest.raises(tf_prune.ExportError, match=r"differs from the model's by up to .* Nothing was written"):
         tf_prune.export(model, tmp_path / "new" / "out", helpers.batch())
     assert os.listdir(tmp_path) == []
 
 
-def test_outputs_that_are_not_finite_are_refused(tmp_path):
+def test_weights_and_outputs_that_are_not_finite_are_refused(tmp_path):
     model = helpers.build("mlp")
     model.get_layer("head").bias.assign([np.nan, 0, 0, 0])
-    with pytest.raises(tf_prune.ExportError, match="differs from Keras's by up to nan"):
+    with pytest.raises(ValueError, match=r"head/bias' holds NaN or infinity.*Train with a smaller learning rate"):
+        tf_prune.export(model, tmp_path / "out")
+    model.get_layer("head").bias.assign([3e38, 0, 0, 0])
+    model.get_layer("head").kernel.assign(np.full((16, 4), 3e38))
+    with pytest.raises(tf_prune.ExportError, match=r"differs from the model's by up to (nan|inf)"):
         tf_prune.export(model, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
@@ -222,7 +226,7 @@ def test_an_earlier_export_survives_a_failed_one_and_is_replaced_by_a_good_one(t
     (tmp_path / "out" / "notes.txt").write_text("mine")
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "_compare", lambda *_: 1 / 0)
+        patch.setattr(exporting, "compare", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tf_prune.export(pruned("conv_bn"), tmp_path / "out")
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
@@ -258,3 +262,275 @@ def test_without_litert_the_way_to_install_it_is_said(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'tf_prune\[litert\]'"):
         tf_prune.export(helpers.build("mlp"), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def quantizable(kind):
+    """Kernels of more than 1,024 weights, which the converter quantizes."""
+    keras.utils.set_random_seed(0)
+    layers = {
+        "dense": [keras.Input((64,)), keras.layers.Dense(64, "relu")],
+        "convolution": [keras.Input((6, 6, 16)), keras.layers.Conv2D(32, 3, activation="relu")],
+        "1x1 convolution": [keras.Input((6, 6, 16)), keras.layers.Conv2D(96, 1, activation="relu")],
+        "depthwise": [keras.Input((6, 6, 128)), keras.layers.DepthwiseConv2D(3)],
+        "transposed": [keras.Input((6, 6, 16)), keras.layers.Conv2DTranspose(16, 3)],
+        "recurrent": [keras.Input((5, 16)), keras.layers.GRU(24)],
+    }[kind]
+    pool = [keras.layers.GlobalAveragePooling2D()] if len(layers[0].shape) == 4 else []
+    return keras.Sequential([*layers, *pool, keras.layers.Dense(5)])
+
+
+def examples_of(model, count=40):
+    x = np.random.default_rng(3).standard_normal((count, *model.input_shape[1:])).astype(np.float32)
+    return x, np.zeros(count)
+
+
+GRID = [
+    pytest.param(kind, dtype, sparsity, marks=[] if quick else [pytest.mark.slow])
+    for kind in ("dense", "convolution", "1x1 convolution", "depthwise", "transposed", "recurrent")
+    for dtype in ("float32", "float16", "dynamic_int8", "int8")
+    for sparsity in (0.0, 0.25, 0.5, 0.75, 0.9, 0.99)
+    if (kind, dtype) != ("recurrent", "int8")  # TF-Lite has no loop of int8 kernels alone
+    for quick in [(kind, dtype, sparsity) in {("dense", "int8", 0.5), ("convolution", "dynamic_int8", 0.9)}]
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*outputs no longer depend")
+@pytest.mark.parametrize(("kind", "dtype", "sparsity"), GRID)
+def test_the_kept_file_is_never_larger_than_the_plain_one_and_does_what_the_model_does(kind, dtype, sparsity, tmp_path):
+    model = quantizable(kind)
+    if sparsity:
+        tf_prune.prune(model, "random", sparsity, scope="layerwise", filters=model.layers[0].name, verbose=0)
+    x, y = examples_of(model)
+    report = tf_prune.export(model, tmp_path, (x, y), dtype=dtype, batch_size=40 if kind == "recurrent" else None)
+    content = (tmp_path / "model.tflite").read_bytes()
+    assert len(content) == report.bytes[report.encoding]["raw"] <= report.bytes["dense"]["raw"]
+    if report.encoding == "dense":
+        assert "sparse" in report.refused or len(content) <= report.bytes["sparse"]["raw"]
+    # Run here once more, by the interpreter's plainer interface.
+    interpreter = Interpreter(model_content=content)
+    (takes,), (gives,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(takes["index"], x.shape)
+    interpreter.allocate_tensors()
+    scale, zero = takes["quantization"]
+    fed = np.clip(np.round(x / scale) + zero, -128, 127).astype(np.int8) if scale else x
+    interpreter.set_tensor(takes["index"], fed)
+    interpreter.invoke()
+    outputs = interpreter.get_tensor(gives["index"]).astype(np.float32)
+    scale, zero = gives["quantization"]
+    outputs = (outputs - zero) * scale if scale else outputs
+    expected = np.asarray(model(x))
+    bound = {"float32": 1e-5, "float16": 1e-2}.get(dtype, 0.1)
+    np.testing.assert_allclose(outputs, expected, atol=bound * np.abs(expected).max())
+    assert report.largest_difference == pytest.approx(np.abs(outputs - expected).max(), rel=1e-3, abs=1e-6)
+    for row in report.layers:
+        # Rounding makes small weights zero, and never a pruned one not.
+        assert row.tflite_sparsity >= row.sparsity - 1e-9
+        assert row.tflite_sparsity <= row.sparsity + (0.05 if "int8" in dtype else 1e-3)
+
+
+@pytest.mark.parametrize(("structure", "dtype"), [("1x4", "float32"), ("1x16", "int8")])
+def test_blocks_reach_the_sparse_dense_kernels(structure, dtype, tmp_path):
+    model = quantizable("dense")
+    tf_prune.prune(model, "magnitude", 0.9, structure=structure, filters=model.layers[0].name, verbose=0)
+    report = tf_prune.export(model, tmp_path, examples_of(model), dtype=dtype)
+    graph = tflite.read((tmp_path / "model.tflite").read_bytes())[0]
+    assert report.encoding == "sparse"
+    assert [operator.kind for operator in graph.operators] == ["FULLY_CONNECTED", "FULLY_CONNECTED"]
+    assert structure in [tensor.encoding for tensor in graph.tensors]
+    (x86,) = [explanation for explanation in report.explanations if explanation.target == "x86"]
+    assert next(kernel.encoding for kernel in x86.kernels if kernel.runs_sparse) == structure
+
+
+def test_an_encoding_that_litert_fails_on_is_not_kept_and_the_report_says_why(tmp_path):
+    model = quantizable("dense")
+    tf_prune.prune(model, "random", 0.9, scope="layerwise", verbose=0)
+    data = examples_of(model)
+    report = tf_prune.export(model, tmp_path / "out", data, dtype="int8")
+    assert report.bytes["sparse"]["raw"] < report.bytes["dense"]["raw"]
+    assert report.encoding == "dense"
+    assert "failed to delegate" in report.refused["sparse"]
+    assert "failed to delegate" in (tmp_path / "out" / "report.md").read_text()
+    assert list(report.latency) == ["dense"]
+    with pytest.raises(tf_prune.ExportError, match=r"The sparse encoding cannot be used\. LiteRT does not run it"):
+        tf_prune.export(model, tmp_path / "forced", data, dtype="int8", encoding="sparse")
+    assert not (tmp_path / "forced").exists()
+
+
+def test_what_is_known_to_be_wrong_on_other_devices_is_not_kept(tmp_path):
+    # In blocks of 1x16, weights of int8 alone give wrong outputs or a crash; the crash must not be tried.
+    model = quantizable("dense")
+    tf_prune.prune(model, "magnitude", 0.9, structure="1x16", filters=model.layers[0].name, verbose=0)
+    report = tf_prune.export(model, tmp_path, examples_of(model), dtype="dynamic_int8")
+    assert report.encoding == "dense"
+    assert "wrong outputs for dense layers" in report.refused["sparse"]
+    # A chain that ends in the axes of an image is computed wrongly on ARM, and rightly here.
+    x = inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(8, 3, 2)(keras.layers.ZeroPadding2D(1)(x))
+    x = keras.layers.GlobalAveragePooling2D(keepdims=True)(keras.layers.Conv2D(64, 1, name="wide")(x))
+    model = keras.Model(inputs, keras.layers.Flatten()(keras.layers.Conv2D(4, 1, name="head")(x)))
+    tf_prune.prune(model, "random", 0.9, scope="layerwise", filters="wide", verbose=0)
+    report = tf_prune.export(model, tmp_path)
+    assert "On ARM XNNPACK computes wrong outputs" in report.refused["sparse"]
+    ready, _ = tf_prune.make_ready(model)
+    report = tf_prune.export(ready, tmp_path)
+    assert (report.encoding, report.refused) == ("sparse", {})
+
+
+def test_the_encoding_can_be_chosen(tmp_path):
+    model = pruned("mlp", 0.9)
+    for encoding in ("dense", "sparse"):
+        report = tf_prune.export(model, tmp_path, encoding=encoding)
+        graph = tflite.read((tmp_path / "model.tflite").read_bytes())[0]
+        assert report.encoding == encoding
+        assert (encoding == "sparse") == any(t.encoding not in (None, "dense") for t in graph.tensors)
+    assert set(report.bytes) == {"dense", "sparse", "SavedModel"}
+
+
+def test_a_fixed_batch_size_is_the_files_and_the_saved_model_serves_any(tmp_path):
+    model = pruned("mlp")
+    x, y = helpers.batch(20)
+    report = tf_prune.export(model, tmp_path, (x, y), batch_size=8)
+    (details,) = Interpreter(str(tmp_path / "model.tflite")).get_input_details()
+    assert details["shape_signature"][0] == 8
+    # The last 4 examples fill a part of a batch.
+    assert report.inputs == "20 given examples"
+    assert report.largest_difference < 1e-5
+    served = tf.saved_model.load(tmp_path / "saved_model").signatures["serving_default"](tf.constant(x))
+    np.testing.assert_allclose(next(iter(served.values())), np.asarray(model(x)), atol=1e-5)
+
+
+def test_a_saved_model_is_exported_by_its_signature(tmp_path):
+    class Module(tf.Module):
+        def __init__(self):
+            self.kernel = tf.Variable(np.eye(6, dtype=np.float32), name="kernel")
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 6), tf.float32, "rows")])
+        def twice(self, rows):
+            return {"doubled": 2 * rows @ self.kernel}
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 6), tf.float32, "rows")])
+        def thrice(self, rows):
+            return {"tripled": 3 * rows @ self.kernel}
+
+    module = Module()
+    signatures = {"serving_default": module.twice, "other": module.thrice}
+    tf.saved_model.save(module, str(tmp_path / "saved"), signatures=signatures)
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    for signature, key, factor in (("serving_default", "doubled", 2), ("other", "tripled", 3)):
+        report = tf_prune.export(tmp_path / "saved", tmp_path / "out", (x, x), signature=signature)
+        runner = Interpreter(str(tmp_path / "out" / "model.tflite")).get_signature_runner()
+        np.testing.assert_allclose(runner(rows=x)[key], factor * x, rtol=1e-6)
+        assert report.inputs == "5 given examples"
+        assert report.sparsity == pytest.approx(30 / 36)
+    assert tf_prune.export(tmp_path / "saved", tmp_path / "out").inputs == "32 random examples"
+    for options, message in (
+        ({"signature": "third"}, r"has no signature 'third'\. It has: other, serving_default"),
+        ({"batch_size": 2}, r"batch_size= and sweep= need the Keras model"),
+        ({"data": (x[:, :5], x)}, r"data has inputs of shape \(5, 5\), the signature expects \(None, 6\)"),
+        ({"dtype": "int8"}, r"dtype='int8' takes the ranges of activations from real inputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tf_prune.export(tmp_path / "saved", tmp_path / "refused", **options)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_page_and_the_plot_say_what_the_report_says(tmp_path):
+    model = pruned("mlp", 0.9)
+    before = helpers.state(model)
+    report = tf_prune.export(model, tmp_path, sweep=(0.0, 0.5))
+    helpers.assert_same_state(before, model)
+    assert [point.sparsity for point in report.points] == pytest.approx([report.sparsity] * 2 + [0.0] * 2 + [0.5] * 2)
+    assert [point.encoding for point in report.points] == ["dense", "sparse"] * 3
+    assert report.points[0].bytes == report.bytes["dense"]["raw"]
+    sparse = {point.sparsity: point.bytes for point in report.points if point.encoding == "sparse"}
+    assert sparse[report.sparsity] < sparse[0.5] < sparse[0.0]
+    page = (tmp_path / "report.md").read_text()
+    assert "![Size and latency against sparsity](report.png)" in page
+    assert all(explanation.verdict in page for explanation in report.explanations)
+    assert all(row.path in page for row in report.layers)
+    assert f"{report.bytes['sparse']['raw']:,}" in page
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    loaded = json.loads((tmp_path / "report.json").read_text())
+    assert set(loaded["explanations"]) == set(tf_prune.TARGETS)
+    assert loaded["explanations"]["arm64"]["verdict"] == report.explanations[0].verdict
+
+
+def test_a_sweep_keeps_the_pattern_of_blocks(tmp_path):
+    model = quantizable("dense")
+    tf_prune.prune(model, "magnitude", 0.75, structure="1x4", filters=model.layers[0].name, verbose=0)
+    variables = {"kernel": model.layers[0].kernel}
+    before = np.array(keras.ops.convert_to_numpy(model.layers[0].kernel))
+    with exporting._at_sparsity(variables, 0.5):
+        blocks = np.asarray(model.layers[0].kernel).reshape(-1, 4, 64) != 0
+        assert (blocks == 0).mean() == 0.5
+        assert (blocks.any(1) == blocks.all(1)).mean() > 0.99
+    np.testing.assert_array_equal(np.asarray(model.layers[0].kernel), before)
+
+
+class Determinant(keras.layers.Layer):
+    def call(self, x):
+        return tf.linalg.det(tf.reshape(x, (-1, 2, 2)))[:, None]
+
+
+def test_operators_that_tf_lite_lacks_are_named_and_flex_is_offered(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), Determinant()])
+    with pytest.raises(tf_prune.ConversionError, match=r"TF-Lite has no operator MatrixDeterminant\..*flex=True"):
+        tf_prune.export(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    report = tf_prune.export(model, tmp_path / "out", flex=True)
+    assert report.largest_difference is None or report.largest_difference < 1e-4
+    assert report.largest_difference is not None or "Not compared with the model" in str(report)
+    assert "FlexMatrixDeterminant" in [
+        o.kind for o in tflite.read((tmp_path / "out/model.tflite").read_bytes())[0].operators
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"Unknown dtype 'bfloat16'\. Expected one of float32, float16, dynamic_int8, int8"),
+        ({"encoding": "smallest"}, r"Unknown encoding 'smallest'"),
+        ({"batch_size": 0}, r"batch_size must be a positive integer, or None for any; got 0"),
+        ({"sweep": (0.5, 1.0)}, r"1\.0"),
+        ({"dtype": "int8"}, r"Pass data=\(x, y\) with some hundred examples"),
+        ({"data": (np.zeros((4, 5, 6, 1)), np.zeros(4)), "dtype": "int8"}, r"shape \(4, 5, 6, 1\), but 'mlp' takes"),
+        (
+            {"data": (np.zeros((4, 6, 6)), np.zeros(4))},
+            r"inputs of shape \(4, 6, 6\), but 'mlp' takes \(batch, 6, 6, 1\)",
+        ),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused_before_anything_is_written(options, message, tmp_path):
+    model = helpers.build("mlp")
+    before = helpers.state(model)
+    with pytest.raises(ValueError, match=message):
+        tf_prune.export(model, tmp_path / "out", **options)
+    helpers.assert_same_state(before, model)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_recurrent_layer_asks_for_a_batch_size(tmp_path):
+    with pytest.raises(tf_prune.ConversionError, match=r"needs a batch of fixed size in TF-Lite\. Pass batch_size=1"):
+        tf_prune.export(helpers.build("recurrent"), tmp_path / "out")
+    assert tf_prune.export(helpers.build("recurrent"), tmp_path / "out", batch_size=4).largest_difference < 1e-5
+
+
+def test_images_of_any_size_take_the_size_of_the_data(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((None, None, 3)), keras.layers.Conv2D(4, 3), keras.layers.GlobalAveragePooling2D()]
+    )
+    with pytest.raises(ValueError, match="does not say of what shape its inputs are"):
+        tf_prune.export(model, tmp_path / "out")
+    report = tf_prune.export(model, tmp_path / "out", (np.random.rand(3, 9, 7, 3), np.zeros(3)))
+    assert report.largest_difference < 1e-5
+    (details,) = Interpreter(str(tmp_path / "out" / "model.tflite")).get_input_details()
+    assert tuple(details["shape_signature"][1:]) == (9, 7, 3)
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    def refusing(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", refusing)
+    with pytest.raises(PermissionError, match=r"Cannot write into .*: Permission denied\. Choose a directory"):
+        tf_prune.export(helpers.build("mlp"), tmp_path / "out")

@@ -1,5 +1,3 @@
-import pathlib
-
 import keras
 import numpy as np
 import pytest
@@ -234,12 +232,6 @@ def test_an_unknown_target_and_a_model_of_unknown_shape_are_refused():
 
 
 def test_constants_that_are_computed_have_no_values(tmp_path):
-    graph = tflite.read(content(small(), folder=tmp_path))
+    graph = tflite.read(content(small(), folder=tmp_path))[0]
     with pytest.raises(ValueError, match="is computed while the model runs"):
         _ = graph.tensors[graph.outputs[0]].values
-
-
-def test_files_of_the_project_are_found_by_path(tmp_path):
-    file = pathlib.Path(tmp_path, "m.tflite")
-    file.write_bytes(content(small(0.9), folder=tmp_path / "s"))
-    assert tf_prune.explain(str(file)).runs_sparse

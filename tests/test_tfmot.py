@@ -1,6 +1,5 @@
 import dataclasses
 import importlib
-import itertools
 import os
 import subprocess
 import sys
@@ -16,174 +15,19 @@ from ai_edge_litert.interpreter import Interpreter
 import tf_prune
 from experiments import common, compare_methods, datasets
 from tests import helpers
-from tf_prune import tfmot
-from tf_prune.schedules import Polynomial
+from tests.test_legacy_keras import assert_same_outputs, chain, inputs_of, randomize
+from tf_prune import legacy_keras, tfmot
 
 TOOLKIT = tfmot.import_tfmot()
-SEQUENCE, IMAGE, VOLUME = (6, 4), (8, 8, 2), (4, 4, 4, 2)
-SHAPES = {1: SEQUENCE, 2: IMAGE, 3: VOLUME}
 
 
-def of(shape, *args, **options):
-    """A model of one layer, made in whichever Keras is given: `lib -> model`."""
-
-    def make(lib, name):
-        inputs = lib.Input(shape)
-        return lib.Model(inputs, getattr(lib.layers, name)(*args, **options)(inputs))
-
-    return make
+def some_slow(names, *quick):
+    """Parametrizes by name; all but the quick ones are left to `pytest -m slow`."""
+    rows = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", rows)
 
 
-def merging(*args, **options):
-    def make(lib, name):
-        inputs = [lib.Input(SEQUENCE, name="a"), lib.Input(SEQUENCE, name="b")]
-        return lib.Model(inputs, getattr(lib.layers, name)(*args, **options)(inputs))
-
-    return make
-
-
-def embedding(lib, name):
-    inputs = lib.Input((5,), dtype="int32")
-    x = getattr(lib.layers, name)(7, 4, mask_zero=True)(inputs)  # the mask of time steps goes to the next layer
-    return lib.Model(inputs, lib.layers.LSTM(3)(x))
-
-
-def attention(lib, name):
-    inputs = lib.Input(SEQUENCE)
-    return lib.Model(inputs, getattr(lib.layers, name)(2, 3)(inputs, inputs))
-
-
-def distributed(lib, name):
-    inputs = lib.Input((3, *IMAGE))
-    body = lib.Sequential([lib.Input(IMAGE), lib.layers.Conv2D(2, 3), lib.layers.BatchNormalization()], name="body")
-    x = getattr(lib.layers, name)(body)(inputs)
-    return lib.Model(inputs, getattr(lib.layers, name)(lib.layers.Flatten())(x))
-
-
-def bidirectional(lib, name):
-    inputs = lib.Input(SEQUENCE)
-    layers = lib.layers
-    x = getattr(layers, name)(layers.LSTM(3, return_sequences=True), "sum")(inputs)
-    x = getattr(layers, name)(layers.LSTM(2), backward_layer=layers.GRU(3, go_backwards=True))(x)
-    return lib.Model(inputs, x)
-
-
-EXAMPLES = {
-    "Dense": of((4,), 3, "tanh", kernel_regularizer="l2", kernel_constraint="max_norm"),
-    "EinsumDense": of(SEQUENCE, "abc,cd->abd", (None, 5), bias_axes="d"),
-    "Embedding": embedding,
-    "Conv1D": of(SEQUENCE, 3, 2, dilation_rate=2, padding="causal"),
-    "Conv2D": of(IMAGE, 4, 3, 2, "same", groups=2, activation="silu"),
-    "Conv3D": of(VOLUME, 3, 2),
-    "Conv1DTranspose": of(SEQUENCE, 3, 2, strides=2),
-    "Conv2DTranspose": of(IMAGE, 3, 3, 2, "same", output_padding=1),
-    "Conv3DTranspose": of(VOLUME, 3, 2),
-    "DepthwiseConv1D": of(SEQUENCE, 3, depth_multiplier=2),
-    "DepthwiseConv2D": of(IMAGE, 3, depth_multiplier=2, activation="leaky_relu"),
-    "SeparableConv1D": of(SEQUENCE, 3, 2),
-    "SeparableConv2D": of(IMAGE, 3, 2, activation="relu6"),
-    "LSTM": of(SEQUENCE, 3, return_sequences=True, go_backwards=True),
-    "GRU": of(SEQUENCE, 3),
-    "SimpleRNN": of(SEQUENCE, 3, stateful=False, unroll=True),
-    "Bidirectional": bidirectional,
-    "TimeDistributed": distributed,
-    "MultiHeadAttention": attention,
-    "Attention": merging(use_scale=True),
-    "AdditiveAttention": merging(use_scale=True),
-    "BatchNormalization": of(IMAGE, momentum=0.9, epsilon=1e-2, scale=False),
-    "LayerNormalization": of(IMAGE, (1, 2)),
-    "GroupNormalization": of(IMAGE, 2),
-    "UnitNormalization": of(IMAGE),
-    "Normalization": of(IMAGE),
-    "Rescaling": of(IMAGE, 1 / 255, -1.0),
-    **{f"{kind}Pooling{d}D": of(SHAPES[d], 2, padding="same") for kind in ("Max", "Average") for d in SHAPES},
-    **{f"Global{kind}Pooling{d}D": of(SHAPES[d], keepdims=True) for kind in ("Max", "Average") for d in SHAPES},
-    "ZeroPadding1D": of(SEQUENCE, (2, 1)),
-    "ZeroPadding2D": of(IMAGE, ((1, 0), (2, 1))),
-    "ZeroPadding3D": of(VOLUME, 1),
-    "Cropping1D": of(SEQUENCE, (2, 1)),
-    "Cropping2D": of(IMAGE, ((1, 0), (2, 1))),
-    "Cropping3D": of(VOLUME, 1),
-    "UpSampling1D": of(SEQUENCE, 2),
-    "UpSampling2D": of(IMAGE, 2, interpolation="bilinear"),
-    "UpSampling3D": of(VOLUME, 2),
-    "Flatten": of(IMAGE),
-    "Reshape": of(IMAGE, (4, -1)),
-    "Permute": of(IMAGE, (2, 1, 3)),
-    "RepeatVector": of((4,), 3),
-    "Identity": of(IMAGE),
-    "Masking": of(SEQUENCE, 0.5),
-    "Activation": of(IMAGE, "gelu"),
-    "ReLU": of(IMAGE, 6.0, 0.1, 0.2),
-    "LeakyReLU": of(IMAGE, 0.2),
-    "PReLU": of(IMAGE, shared_axes=[1, 2]),
-    "ELU": of(IMAGE, 0.7),
-    "Softmax": of(IMAGE, 1),
-    "Dropout": of(IMAGE, 0.3, seed=1),
-    **{f"SpatialDropout{d}D": of(SHAPES[d], 0.3) for d in SHAPES},
-    "GaussianDropout": of(IMAGE, 0.2),
-    "GaussianNoise": of(IMAGE, 0.2),
-    "AlphaDropout": of(IMAGE, 0.2),
-    "ActivityRegularization": of(IMAGE, l2=0.1),
-    **{name: merging() for name in ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum", "Concatenate")},
-    "Dot": merging(2, normalize=True),
-}
-
-
-BOTH_WAYS = ((keras, tfmot.to_tf_keras), (tf_keras, lambda model: tfmot.from_tfmot(model)[0]))
-
-
-def inputs_of(model, seed=0, size=3):
-    generator = np.random.default_rng(seed)
-    leaves = [
-        generator.integers(0, 5, (size, *tensor.shape[1:])).astype("int32")
-        if "int" in str(tensor.dtype)
-        else generator.standard_normal((size, *tensor.shape[1:])).astype("float32")
-        for tensor in model.inputs
-    ]
-    is_one = isinstance(model, (keras.Sequential, tf_keras.Sequential))
-    return leaves[0] if is_one else tf.nest.pack_sequence_as(model.input, leaves)
-
-
-def randomize(model, seed=0):
-    """Random values in all weights, also in those that are initialized with zeros or ones."""
-    generator = np.random.default_rng(seed)
-    for weight in model.weights:
-        value = generator.uniform(0.1, 0.9, tuple(weight.shape))
-        weight.assign(value.astype(getattr(weight.dtype, "name", weight.dtype)))
-    for layer in model.layers:
-        if hasattr(layer, "finalize_state"):
-            layer.finalize_state()
-
-
-def assert_same_outputs(one, other, seed=1, **options):
-    x = inputs_of(one, seed)
-    outputs = [tf.nest.flatten(model(x, training=False)) for model in (one, other)]
-    assert len(outputs[0]) == len(outputs[1])
-    for a, b in zip(*outputs, strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), **{"atol": 1e-5, "rtol": 1e-5, **options})
-
-
-def test_every_layer_of_the_table_has_an_example():
-    assert set(EXAMPLES) == tfmot.LAYERS
-
-
-@pytest.mark.parametrize("names", [list(EXAMPLES)[i::6] for i in range(6)], ids=lambda names: f"{names[0]} and others")
-def test_a_layer_computes_the_same_in_both_and_keeps_its_name(names):
-    for name, (lib, bring) in itertools.product(names, BOTH_WAYS):
-        layer = EXAMPLES[name](lib, name)
-        # A Dense layer beside it: a model without weights is none that can be pruned.
-        beside = lib.layers.Dense(2, name="beside")(lib.layers.Flatten()(lib.layers.Rescaling(1.0)(layer.inputs[0])))
-        model = lib.Model(layer.input, [layer.output, beside])
-        randomize(model)
-        brought = bring(model)
-        assert_same_outputs(model, brought, err_msg=name)
-        for old in model.layers:
-            if type(old).__name__ != "InputLayer":
-                assert type(brought.get_layer(old.name)).__name__ == type(old).__name__
-
-
-@pytest.mark.parametrize("name", [name for name in helpers.MODELS if name != "subclassed"])
+@some_slow([name for name in helpers.MODELS if name != "subclassed"], "attention", "separable")
 def test_a_model_comes_back_as_it_was(name):
     model = helpers.build(name)
     masks = tf_prune.prune(model, "random", 0.7).masks
@@ -208,43 +52,6 @@ def randomize_kept(model):
     tf_prune.apply_masks(model, masks)
 
 
-def topology(lib):
-    """Several inputs and outputs in dictionaries, a shared layer, a model used twice, operators, an initial state."""
-    layers = lib.layers
-    shared = layers.Dense(6, "relu", name="shared")
-    inside = lib.Input((6,))
-    body = lib.Model(inside, layers.Add(name="sum")([inside, shared(inside)]), name="body")
-    rows = layers.LSTM(6, return_sequences=True, return_state=True, name="rows")
-    a, b = lib.Input((6,), name="a"), lib.Input((5, 6), name="b")
-    x = body(shared(a) / 2.0 - 1.0)
-    y, h, c = rows(b)
-    y = layers.GRU(6, name="gru")(y, initial_state=h)
-    z = layers.Concatenate(name="join")([x * y, body(x + c)])
-    return lib.Model({"a": a, "b": b}, {"one": layers.Dense(2, name="one")(z), "two": x}, name="topology")
-
-
-@pytest.mark.parametrize("lib", [keras, tf_keras], ids=["keras", "tf_keras"])
-def test_branches_shared_layers_and_models_inside_are_kept(lib):
-    model = topology(lib)
-    randomize(model)
-    brought = tfmot.to_tf_keras(model) if lib is keras else tfmot.from_tfmot(model)[0]
-    assert_same_outputs(model, brought)
-    assert len(brought.weights) == len(model.weights)
-    assert brought.get_layer("body").get_layer("shared") is brought.get_layer("shared")
-    assert set(brought.output) == {"one", "two"}
-    assert {"shared", "body", "gru", "join", "one"} <= {layer.name for layer in brought.layers}
-
-
-def test_names_that_keras_3_does_not_take_are_changed():
-    inputs = tf_keras.Input((4,))
-    x = tf_keras.layers.Dense(4, name="block/dense")(inputs)
-    outputs = tf_keras.layers.Multiply(name="multiply")([x * 2.0, x * 3.0])  # Keras 3 calls its operator so too
-    legacy = tf_keras.Model(inputs, outputs)
-    model, _ = tfmot.from_tfmot(legacy)
-    assert_same_outputs(legacy, model)
-    assert [layer.name for layer in model.layers][1] == "block_dense"
-
-
 def fit_with_tfmot(legacy, steps=6, **options):
     """Prunes for a few steps; returns the wrapped model."""
     schedule = TOOLKIT.sparsity.keras.PolynomialDecay(0.2, 0.8, 1, 5, frequency=2)
@@ -266,7 +73,7 @@ def masks_in(pruned):
     return masks
 
 
-@pytest.mark.parametrize("name", ["conv_bn", "residual", "nested", "recurrent"])
+@some_slow(["conv_bn", "residual", "nested", "recurrent"], "nested")
 def test_what_tfmot_pruned_comes_back_with_its_masks_bit_for_bit(name):
     pruned = fit_with_tfmot(tfmot.to_tf_keras(helpers.build(name)))
     kernel, mask, _ = next(layer.pruning_vars[0] for layer in pruned.submodules if getattr(layer, "pruning_vars", ()))
@@ -323,88 +130,6 @@ def test_without_wrappers_the_zeros_of_the_kernels_are_the_masks():
     dense = tf_keras.Sequential([tf_keras.Input((5,)), tf_keras.layers.Embedding(7, 4), tf_keras.layers.Dense(2)])
     randomize(dense)
     assert [path.split("/")[-1] for path in tfmot.from_tfmot(dense)[1]] == ["kernel"]
-
-
-def test_what_is_frozen_stays_frozen_and_what_computes_in_half_precision_too():
-    inputs = keras.Input((4,))
-    x = keras.layers.Dense(3, trainable=False, name="frozen", dtype="mixed_float16")(inputs)
-    model = keras.Model(inputs, keras.layers.Dense(2, name="head", kernel_initializer=tf_prune.GlorotNormal())(x))
-    legacy = tfmot.to_tf_keras(model)
-    back, _ = tfmot.from_tfmot(legacy)
-    for one in (legacy, back):
-        assert not one.get_layer("frozen").trainable
-        assert one.get_layer("frozen").compute_dtype == "float16"
-        assert len(one.trainable_weights) == 2
-    assert_same_outputs(model, legacy, atol=1e-2)
-
-
-def test_masked_layers_leave_their_wrappers_behind():
-    model = helpers.build("mlp")
-    tf_prune.prune(model, "magnitude", 0.5)
-    legacy = tfmot.to_tf_keras(tf_prune.wrap(model))
-    assert [type(layer).__name__ for layer in legacy.layers] == ["Flatten", "Dense", "Dense"]
-    assert_same_outputs(model, legacy)
-
-
-class Own(keras.layers.Dense):
-    pass
-
-
-class OwnLegacy(tf_keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.head = tf_keras.layers.Dense(2)
-
-    def call(self, x):
-        return self.head(x)
-
-
-def chain(lib, *layers):
-    return lib.Sequential([lib.Input((4,)), lib.layers.Dense(4), *layers])
-
-
-@pytest.mark.parametrize(
-    ("bring", "make", "messages"),
-    [
-        (
-            tfmot.to_tf_keras,
-            lambda: chain(
-                keras,
-                Own(4, name="own"),
-                keras.layers.Lambda(abs, name="lam"),
-                keras.layers.RMSNormalization(name="rms"),
-            ),
-            [r"own \(Own\): of the class tests.test_tfmot.Own", r"lam \(Lambda\)", r"rms \(RMSNormalization\)"],
-        ),
-        (
-            tfmot.to_tf_keras,
-            lambda: chain(keras, keras.layers.Dense(4, "hard_sigmoid", name="hard"), keras.layers.Activation("celu")),
-            [r"hard \(Dense\): activation='hard_sigmoid' is not one of elu", "activation='celu'"],
-        ),
-        (
-            lambda model: tfmot.from_tfmot(model),
-            lambda: chain(
-                tf_keras, tf_keras.layers.Dense(4, "hard_sigmoid", name="hard"), tf_keras.layers.ThresholdedReLU(1.0)
-            ),
-            [r"hard \(Dense\): activation='hard_sigmoid'", r"\(ThresholdedReLU\)", "brought to Keras 3"],
-        ),
-        (tfmot.to_tf_keras, lambda: helpers.build("subclassed"), [r"subclassed \(Subclassed\): a class of its own"]),
-    ],
-)
-def test_what_has_no_counterpart_is_refused_with_all_names_and_reasons(bring, make, messages):
-    with pytest.raises(ValueError, match="Without a counterpart there") as error:
-        bring(make())
-    for message in messages:
-        assert error.match(message)
-
-
-def test_a_legacy_model_that_is_subclassed_or_not_built_is_refused():
-    model = OwnLegacy()
-    model(np.zeros((1, 3), np.float32))
-    with pytest.raises(ValueError, match="does not say how its layers are connected"):
-        tfmot.from_tfmot(model)
-    with pytest.raises(ValueError, match="not built yet: call it once on a batch"):
-        tfmot.from_tfmot(tf_keras.Sequential([tf_keras.layers.Dense(2)]))
 
 
 def test_the_wrong_kind_of_model_is_refused_and_told_where_to_go():
@@ -488,6 +213,22 @@ def test_a_model_that_trains_quantized_has_the_zeros_of_the_masks_in_int8(tmp_pa
         assert (got.argmax(-1) == output.numpy().argmax(-1)).mean() > 0.9
 
 
+def test_a_chain_of_models_trains_quantized_as_one_model():
+    layers = keras.layers
+    inside = keras.Input((4,))
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.Model(inside, layers.Dense(4, "relu", name="first")(inside)),
+            keras.Sequential([keras.Input((4,)), layers.Dense(3, name="second")]),
+        ]
+    )
+    quantized = tfmot.quantize_aware(model)
+    assert [layer.name for layer in quantized.layers[-2:]] == ["quant_first", "quant_second"]
+    x = inputs_of(model)
+    np.testing.assert_allclose(tfmot.to_tf_keras(model, flat=True)(x), model(x), atol=1e-6)
+
+
 def test_a_saved_model_takes_inputs_by_their_names_and_any_size_of_batch(tmp_path):
     a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
     joined = keras.layers.Concatenate()([keras.layers.Dense(2)(a), keras.layers.Dense(2)(b)])
@@ -516,6 +257,10 @@ def test_a_saved_model_takes_inputs_by_their_names_and_any_size_of_batch(tmp_pat
             lambda: [keras.layers.ReLU(), keras.layers.BatchNormalization(name="alone")],
             "(?s)alone.*a BatchNormalization right after one",
         ),
+        (
+            lambda: [keras.layers.BatchNormalization(name="half", dtype="mixed_float16")],
+            r"half \(BatchNormalization\): computes in float16, and only float32 can be quantized",
+        ),
     ],
 )
 def test_what_tfmot_cannot_quantize_is_refused_by_name(layers, message):
@@ -530,7 +275,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@some_slow(SCHEDULES, "cubic", "constant")
 def test_a_schedule_of_tfmot_prunes_to_its_own_sparsity_at_each_of_its_steps(name):
     schedule = SCHEDULES[name]()
     asked = []
@@ -556,14 +301,14 @@ def test_a_schedule_of_tfmot_prunes_to_its_own_sparsity_at_each_of_its_steps(nam
             assert -1e-6 * mask.size <= too_many < 1 + 1e-6 * mask.size
 
 
-@pytest.mark.parametrize(("initial", "power", "begin", "end"), [(0.0, 3, 0, 1000), (0.3, 1, 7, 93), (0.5, 4.5, 10, 11)])
-def test_a_polynomial_of_tfmot_is_the_same_function_here(initial, power, begin, end):
-    theirs = TOOLKIT.sparsity.keras.PolynomialDecay(initial, 0.95, begin, end, power=power)
-    ours = tf_prune.GradualPruning("magnitude", theirs)
-    assert isinstance(ours.schedule, Polynomial)
-    assert (ours.begin, ours.end, ours.frequency) == (begin, end, 100)
-    for step in range(begin, end + 1, max(1, (end - begin) // 50)):
-        assert ours.schedule((step - begin) / (end - begin)) == pytest.approx(float(theirs(step)[1]), abs=1e-6)
+def test_a_polynomial_of_tfmot_is_the_same_function_here():
+    for initial, power, begin, end in ((0.0, 3, 0, 1000), (0.3, 1, 7, 93), (0.5, 4.5, 10, 11)):
+        theirs = TOOLKIT.sparsity.keras.PolynomialDecay(initial, 0.95, begin, end, power=power)
+        ours = tf_prune.GradualPruning("magnitude", theirs)
+        assert isinstance(ours.schedule, tf_prune.Polynomial)
+        assert (ours.begin, ours.end, ours.frequency) == (begin, end, 100)
+        for step in range(begin, end + 1, max(1, (end - begin) // 50)):
+            assert ours.schedule((step - begin) / (end - begin)) == pytest.approx(float(theirs(step)[1]), abs=1e-6)
 
 
 def test_a_schedule_of_tfmot_has_its_own_steps():
@@ -573,9 +318,10 @@ def test_a_schedule_of_tfmot_has_its_own_steps():
     with pytest.raises(ValueError, match="starts at most at its target"):
         tf_prune.GradualPruning("magnitude", TOOLKIT.sparsity.keras.PolynomialDecay(0.9, 0.5, 0, 10))
     with pytest.raises(ValueError, match="power must be above 0"):
-        Polynomial(0.9, power=0)
+        tf_prune.Polynomial(0.9, power=0)
 
 
+@pytest.mark.slow
 def test_tfmot_prunes_as_a_step_begins_and_counts_from_one():
     # What GradualPruning's docstring says of it.
     seen = {}
@@ -612,8 +358,8 @@ use()
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_the_bridge_leaves_the_process_and_its_children_as_they_were(order):
+@some_slow(ORDERS, "tensorflow first, and its Keras not used yet")
+def test_the_bridge_leaves_the_process_and_its_children_as_they_were(name):
     code = f"""
 import os, subprocess, sys
 before = dict(os.environ)
@@ -627,7 +373,7 @@ def use():
     tf_prune.tfmot.from_tfmot(legacy)
     tf_prune.tfmot.quantize_aware(model)
 
-{ORDERS[order]}
+{ORDERS[name]}
 import keras
 import tensorflow_model_optimization
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
@@ -638,7 +384,7 @@ assert tf.keras.layers.Dense is keras.layers.Dense
 assert tf.compat.v2.keras.layers.Dense is keras.layers.Dense
 assert sys.modules["tensorflow_model_optimization.python.core.keras.compat"].keras.__name__ == "tf_keras"
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TF_USE_LEGACY_KERAS"}
+    environment = {key: value for key, value in os.environ.items() if key != "TF_USE_LEGACY_KERAS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -646,14 +392,16 @@ assert sys.modules["tensorflow_model_optimization.python.core.keras.compat"].ker
 @pytest.mark.parametrize("missing", ["tf_keras", "tensorflow_model_optimization"])
 def test_a_missing_package_is_an_error_that_says_what_to_install(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr(tf_prune, "tfmot", tfmot)  # so that it is put back
-    monkeypatch.delitem(sys.modules, "tf_prune.tfmot")
+    for module in (tfmot, legacy_keras):
+        monkeypatch.setattr(tf_prune, module.__name__.split(".")[1], module)  # so that it is put back
+        monkeypatch.delitem(sys.modules, module.__name__)
     environment = dict(os.environ)
     with pytest.raises(ImportError, match=r"pip install 'tf_prune\[tfmot\]'"):
         importlib.import_module("tf_prune.tfmot").import_tfmot()
     assert dict(os.environ) == environment
 
 
+@pytest.mark.slow
 def test_the_baseline_without_pruning_is_the_dense_run():
     data = datasets.load("digits")
     config = common.Config(model="lenet_300_100", epochs=2, sparsity=0.0, method="tfmot")

@@ -74,6 +74,7 @@ from tf_prune.schedules import Cubic as Cubic
 from tf_prune.schedules import Exponential as Exponential
 from tf_prune.schedules import Harmonic as Harmonic
 from tf_prune.schedules import Linear as Linear
+from tf_prune.schedules import Polynomial as Polynomial
 from tf_prune.schedules import Schedule as Schedule
 from tf_prune.scopes import SCOPES as SCOPES
 from tf_prune.scopes import check_sparsity as check_sparsity

@@ -129,6 +129,14 @@ def convert(
         raise ConversionError(_why(str(error), dtype)) from error
 
 
+def flex_interpreter(**arguments: Any) -> Any:
+    """TensorFlow's own interpreter, which older versions build with the Flex delegate; LiteRT's package has none."""
+    with warnings.catch_warnings():
+        # Deprecated for ai-edge-litert.
+        warnings.simplefilter("ignore")
+        return tf.lite.Interpreter(**arguments)
+
+
 def _check_is_saved_model(folder: Path) -> None:
     if not (folder / "saved_model.pb").is_file():
         raise ValueError(f"Expected a SavedModel, a folder with saved_model.pb in it; got {folder}.")
@@ -156,6 +164,8 @@ def _why(message: str, dtype: str) -> str:
             f"TF-Lite has no operator {', '.join(missing)}. Replace the layers that use it; or pass flex=True, which "
             "keeps TensorFlow's own: such a file runs only in a runtime that was built with the Flex delegate."
         )
+    if "tensor list" in message.lower() or "TensorListReserve" in message:
+        return "A recurrent layer needs a batch of fixed size in TF-Lite. Pass batch_size=1, or the size that you need."
     first = next((line.strip() for line in message.splitlines() if "error:" in line), message.strip()[:500])
     hint = " An operator of the model may have no int8 kernel: try dtype='dynamic_int8'." if dtype == "int8" else ""
     return f"TensorFlow's converter failed: {first}{hint}"

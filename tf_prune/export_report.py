@@ -38,7 +38,7 @@ class ExportReport:
         bytes: File sizes by encoding, e.g. `bytes["sparse"]["gzip"]`; and of the SavedModel.
         layers: Zeros of each kernel, before and after conversion.
         inputs: What the models were compared on.
-        largest_difference: Of any output, absolute, between the model and the file.
+        largest_difference: Of any output, absolute, between the model and the file; `None` if it could not be run.
         agreement: Fraction of examples with the same largest output; `None` where an output is a single number.
         refused: Why an encoding could not be kept, though it is smaller: LiteRT does not run it, or not rightly.
         machine: Where latencies were measured, e.g. `"x86_64"`.
@@ -52,7 +52,7 @@ class ExportReport:
     bytes: dict[str, dict[str, int]]
     layers: tuple[LayerSparsity, ...]
     inputs: str
-    largest_difference: float
+    largest_difference: float | None
     agreement: float | None
     refused: dict[str, str]
     machine: str
@@ -72,7 +72,7 @@ class ExportReport:
 
     def _here(self) -> tuple[Point, ...]:
         """The points of the files themselves."""
-        return self.points[: len(_ENCODINGS) - len(self.refused)]
+        return self.points[: 0 if self.largest_difference is None else len(_ENCODINGS) - len(self.refused)]
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes the report as JSON."""
@@ -154,6 +154,8 @@ class ExportReport:
         return lines or ["Nothing."]
 
     def _parity(self) -> str:
+        if self.largest_difference is None:
+            return "Not compared with the model: the runtime here has no Flex delegate. Compare them on the device."
         agreement = "" if self.agreement is None else f", the same prediction for {self.agreement:.2%}"
         return f"The model and LiteRT on {self.inputs}: largest difference {self.largest_difference:.2g}{agreement}."
 

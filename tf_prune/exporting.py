@@ -32,13 +32,14 @@ from tf_prune.parity import (
 from tf_prune.prunable import check_model
 from tf_prune.scopes import check_sparsity
 from tf_prune.sources import KerasSource, SavedModelSource
-from tf_prune.sparse_inference import TARGETS, explain_graph, why_wrong
+from tf_prune.sparse_inference import TARGETS, explain_graphs, why_wrong
 from tf_prune.tflite import read
 from tf_prune.zeros import zeros_in_file
 
 _SIGNATURE = "serving_default"
 # As many as TensorFlow's guides take; each is run once.
 _NUM_REPRESENTATIVE = 200
+_NO_FLEX = "Select TensorFlow op(s)"
 
 
 def export(
@@ -77,7 +78,8 @@ def export(
         tolerance: Largest difference of any output, relative to the largest output if that is above 1. `None` is 1e-4
             for float32, 1e-2 for float16 and 0.5 for both int8, which bounds nonsense and not rounding: look at the
             report's agreement.
-        flex: Lets operators of TensorFlow stand in the file where TF-Lite has none.
+        flex: Lets operators of TensorFlow stand in the file where TF-Lite has none. It is not compared, and the report
+            says so, where the installed runtime has no Flex delegate.
 
     Returns:
         An `ExportReport`; `report.json`, `report.md` and, with matplotlib, `report.png` hold the same.
@@ -133,7 +135,7 @@ def export(
         )
         archive = b"".join(file.read_bytes() for file in sorted(work.rglob("*")) if file.is_file())
         layers = zeros_in_file(source.kernels, files[kept])
-        graph = read(files[kept])
+        graphs = read(files[kept])
         report = ExportReport(
             directory=str(directory),
             dtype=dtype,
@@ -149,7 +151,7 @@ def export(
                 *_points(_sparsity(source.kernels), files, latencies(models, one)),
                 *_sweep(source, sweep, files_of, one, flex),
             ),
-            explanations=tuple(explain_graph(graph, target, source.layers) for target in TARGETS),
+            explanations=tuple(explain_graphs(graphs, target, source.layers) for target in TARGETS),
         )
         (work / "model.tflite").write_bytes(files[kept])
         report.save(work / "report.json")
@@ -171,9 +173,13 @@ def _first_that_agrees(
 ) -> tuple[str, Parity]:
     """The first encoding that LiteRT runs and whose outputs are the model's. What was wrong with others is noted.
 
-    XNNPACK mistakes some int8 weights with a sparse encoding; then the plain encoding is what can be used.
+    XNNPACK mistakes some int8 weights with a sparse encoding; then the plain encoding is what can be used. A file with
+    operators of TensorFlow cannot be compared where the runtime has no Flex delegate, as in TensorFlow 2.21.
     """
     name, *others = encodings
+    if not models and all(_NO_FLEX in reason for reason in refused.values()):
+        refused.clear()
+        return name, Parity(0, None, None)
     try:
         if name in refused:
             raise ExportError(f"The {name} encoding cannot be used. {refused[name]} Nothing was written.")

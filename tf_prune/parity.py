@@ -2,11 +2,12 @@
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+from tf_prune.conversion import flex_interpreter
 
 Arrays = Mapping[str, np.ndarray]
 # Outputs of float32 agree to rounding. Quantized ones need not: there the check is that they are of the same model.
@@ -24,12 +25,12 @@ class Parity:
 
     Attributes:
         count: How many examples were compared.
-        largest_difference: Of any output, absolute.
+        largest_difference: Of any output, absolute; `None` if none were.
         agreement: Fraction of examples with the same largest output; `None` where an output is a single number.
     """
 
     count: int
-    largest_difference: float
+    largest_difference: float | None
     agreement: float | None
 
 
@@ -79,15 +80,7 @@ class LiteRTModel:
 
 def _interpreter_class(flex: bool) -> Callable[..., Any]:
     if flex:
-        import tensorflow as tf
-
-        def with_flex(**arguments: Any) -> Any:
-            with warnings.catch_warnings():
-                # Deprecated for ai-edge-litert, whose package has no Flex delegate.
-                warnings.simplefilter("ignore")
-                return tf.lite.Interpreter(**arguments)
-
-        return with_flex
+        return flex_interpreter
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
@@ -142,7 +135,8 @@ def compare(
     for inputs in batches:
         expected, got = reference(inputs), candidate(inputs)
         for key, output in expected.items():
-            here, largest = float(np.abs(output - got[key]).max()), float(np.abs(output).max())
+            with np.errstate(invalid="ignore"):
+                here, largest = float(np.abs(output - got[key]).max()), float(np.abs(output).max())
             # A difference that is NaN is not at most anything: it is refused too.
             if not here <= tolerance * max(1.0, largest):
                 raise ExportError(
@@ -178,6 +172,8 @@ def load_runnable(
 
 def latencies(models: Mapping[str, LiteRTModel], inputs: Arrays) -> dict[str, float]:
     """The median time of one call of each, in seconds, on this machine, called in turn so that drifts cancel."""
+    if not models:
+        return {}
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
         model.seconds(inputs)

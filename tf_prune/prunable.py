@@ -56,8 +56,8 @@ def check_model(model: object) -> None:
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
         is_legacy = any(parent.__module__.startswith("tf_keras") for parent in type(model).__mro__)
         hint = (
-            " That is a legacy Keras 2 model: rebuild it with `import keras` (Keras 3) and copy its weights with "
-            "`new.set_weights(old.get_weights())`."
+            " That is a legacy Keras 2 model: bring it to Keras 3 with `tf_prune.tfmot.from_tfmot`, or rebuild it with "
+            "`import keras` and copy its weights with `new.set_weights(old.get_weights())`."
             if is_legacy
             else ""
         )

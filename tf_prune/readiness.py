@@ -227,19 +227,19 @@ class _Rebuilding:
         """The image with the same padding on each side, if the layer's output keeps its size so; or else as it is."""
         half = layer.kernel_size[0] // 2
         if id(layer) in self._without_padding:
-            # `same` pads evenly where the size is odd, and the end alone where it is even.
             source, what = image, "'same'"
-            is_exact = all(size is not None and size % 2 == 1 for size in image.shape[1:3])
         else:
             before = image._keras_history.operation
             if type(before) is not layers.ZeroPadding2D or before.padding == ((half, half), (half, half)):
                 return image
-            source, what, is_exact = before.input, f"ZeroPadding2D({before.padding})", False
+            source, what = before.input, f"ZeroPadding2D({before.padding})"
             sizes = zip(source.shape[1:3], before.padding, strict=True)
             reach = 2 * half + 1
             if any(n is None or (n + sum(pads) - reach) // 2 != (n + 2 * half - reach) // 2 for n, pads in sizes):
                 return image
-        self.changes.append(Change(layer.name, f"ZeroPadding2D({half}) in the place of {what}", is_exact))
+        # Of odd sizes `same` pads evenly; and the converter writes it as `same` again.
+        if any(size is None or size % 2 == 0 for size in image.shape[1:3]):
+            self.changes.append(Change(layer.name, f"ZeroPadding2D({half}) in the place of {what}", False))
         return layers.ZeroPadding2D(half, name=f"{layer.name}_padding")(source)
 
     def _is_unsqueezing(self, operation: Any, args: tuple[Any, ...]) -> bool:

@@ -123,9 +123,7 @@ class SavedModelSource:
 
     def outputs(self, inputs: Arrays) -> Arrays:
         """What the signature computes."""
-        import tensorflow as tf
-
-        tensors = {name: tf.constant(array) for name, array in inputs.items()}
+        tensors = {name: keras.ops.convert_to_tensor(array) for name, array in inputs.items()}
         return {name: tensor.numpy() for name, tensor in self._function(**tensors).items()}
 
 

@@ -191,7 +191,7 @@ def explain(model: Any, target: str = "arm64") -> Explanation:
     if target not in TARGETS:
         raise ValueError(f"Unknown target {target!r}. Expected one of {', '.join(TARGETS)}.")
     layers = model._flatten_layers(include_self=False) if isinstance(model, keras.Model) else []
-    return explain_graph(read(_content(model)), target, {layer.name: type(layer).__name__ for layer in layers})
+    return explain_graphs(read(_content(model)), target, {layer.name: type(layer).__name__ for layer in layers})
 
 
 def _content(model: Any) -> bytes:
@@ -220,21 +220,22 @@ def _content(model: Any) -> bytes:
         return convert(Path(folder), encoding="sparse")
 
 
-def explain_graph(graph: Graph, target: str, layers: Mapping[str, str] | None = None) -> Explanation:
+def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, str] | None = None) -> Explanation:
     """As `explain`, of a file that was read.
 
     Args:
-        graph: The file.
+        graphs: The file.
         target: As in `explain`.
         layers: Name -> class of the Keras layers, to call things by their names.
     """
-    names = _Names(graph, layers or {})
-    chain = find_chain(graph)
-    encoded = any(tensor.encoding not in (None, "dense") for tensor in graph.tensors)
+    names = _Names(graphs[0], layers or {})
+    chain = find_chain(graphs[0])
+    encoded = any(tensor.encoding not in (None, "dense") for graph in graphs for tensor in graph.tensors)
     convolve = target in _SPARSE_CONVOLUTIONS
     running = {id(o) for o in chain.pointwise} if convolve and chain.runs_sparse else set()
     kernels = tuple(
-        _kernel(graph, operator, constant, names.of(operator), id(operator) in running, target)
+        _kernel(graph, operator, constant, _Names(graph, layers or {}).of(operator), id(operator) in running, target)
+        for graph in graphs
         for operator in graph.computing
         if operator.kind in _WITH_KERNELS and (constant := graph.constant(operator.inputs[1])) is not None
     )
@@ -271,16 +272,17 @@ def explain_graph(graph: Graph, target: str, layers: Mapping[str, str] | None = 
     )
 
 
-def why_wrong(graph: Graph) -> str | None:
+def why_wrong(graphs: tuple[Graph, ...]) -> str | None:
     """Why a runtime is known to compute wrong outputs with a file, or to crash on it; `None` if it is not known to.
 
     Args:
-        graph: The file.
+        graphs: The file.
     """
-    if find_chain(graph).is_wrong:
+    if find_chain(graphs[0]).is_wrong:
         return "On ARM XNNPACK computes wrong outputs where its sparse chain ends as here; tf_prune.explain says where."
-    for operator in graph.computing:
-        kernel = graph.constant(operator.inputs[1]) if operator.kind == "FULLY_CONNECTED" else None
+    layers = [(graph, o) for graph in graphs for o in graph.computing if o.kind == "FULLY_CONNECTED"]
+    for graph, operator in layers:
+        kernel = graph.constant(operator.inputs[1])
         if kernel is None or kernel.dtype != "int8" or kernel.encoding == "dense":
             continue
         if graph.tensors[operator.inputs[0]].dtype != "int8":

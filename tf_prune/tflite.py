@@ -50,7 +50,7 @@ class Operator:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """The main graph of a file. `inputs` and `outputs` are numbers of tensors; operators are in running order."""
+    """A graph of a file. `inputs` and `outputs` are numbers of tensors; operators are in running order."""
 
     operators: tuple[Operator, ...]
     tensors: tuple[Tensor, ...]
@@ -90,8 +90,8 @@ class Graph:
         )
 
 
-def read(content: bytes) -> Graph:
-    """Reads the main graph of a TF-Lite file.
+def read(content: bytes) -> tuple[Graph, ...]:
+    """Reads the graphs of a TF-Lite file: the main one first, then those that loops and branches call.
 
     Args:
         content: The bytes of a `.tflite` file.
@@ -103,26 +103,12 @@ def read(content: bytes) -> Graph:
     if content[4:8] != b"TFL3":
         raise ValueError(f"Not a TF-Lite file: its identifier is {content[4:8]!r}, expected b'TFL3'.")
     flatbuffer = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    graph = flatbuffer.subgraphs[0]
     names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
-    codes = []
+    kinds = []
     for code in flatbuffer.operatorCodes:
         name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-        codes.append(code.customCode.decode() if name == "CUSTOM" else name)
-    return Graph(
-        operators=tuple(
-            Operator(
-                codes[operator.opcodeIndex],
-                _numbers(operator.inputs),
-                _numbers(operator.outputs),
-                {} if operator.builtinOptions is None else vars(operator.builtinOptions),
-            )
-            for operator in graph.operators
-        ),
-        tensors=tuple(_tensor(tensor, flatbuffer.buffers[tensor.buffer].data) for tensor in graph.tensors),
-        inputs=_numbers(graph.inputs),
-        outputs=_numbers(graph.outputs),
-    )
+        kinds.append(code.customCode.decode() if name == "CUSTOM" else name)
+    return tuple(_graph(table, kinds, flatbuffer.buffers) for table in flatbuffer.subgraphs)
 
 
 def constants(content: bytes) -> list[np.ndarray]:
@@ -132,7 +118,8 @@ def constants(content: bytes) -> list[np.ndarray]:
         content: The bytes of a `.tflite` file.
     """
     kinds = ("float32", "float16", "int8", "uint8")
-    return [t.values for t in read(content).tensors if t.encoding is not None and t.dtype in kinds]
+    tensors = (tensor for graph in read(content) for tensor in graph.tensors)
+    return [t.values for t in tensors if t.encoding is not None and t.dtype in kinds]
 
 
 def _schema() -> Any:
@@ -144,6 +131,20 @@ def _schema() -> Any:
             "pip install 'tf_prune[litert]'"
         ) from error
     return schema_py_generated
+
+
+def _graph(table: Any, kinds: list[str], buffers: Any) -> Graph:
+    operators = [
+        Operator(
+            kinds[operator.opcodeIndex],
+            _numbers(operator.inputs),
+            _numbers(operator.outputs),
+            {} if operator.builtinOptions is None else vars(operator.builtinOptions),
+        )
+        for operator in table.operators
+    ]
+    tensors = [_tensor(tensor, buffers[tensor.buffer].data) for tensor in table.tensors]
+    return Graph(tuple(operators), tuple(tensors), _numbers(table.inputs), _numbers(table.outputs))
 
 
 def _numbers(array: Any) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ computes the whole chain channels first and sparse, or none of it (`xnn_subgraph
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,6 +21,7 @@ _UNARY = (
 _ENDS = ("MEAN", "DEPTH_TO_SPACE")
 _SAME = 0
 _SYMMETRIC = "put ZeroPadding2D({}) before it and set its padding to 'valid'; make_ready does so"
+_EVEN_SIZES = "an input size whose images are even before each stride, such as a multiple of 32"
 _SEPARABLE = "a depthwise 3x3 or 5x5 convolution followed by a 1x1 convolution in its place"
 
 
@@ -42,34 +44,32 @@ class Chain:
         findings: All that breaks it, in the order of the graph.
         num_weights: Of the 1x1 convolutions.
         zeros_missing: How many more of them must be zero, so that more than two thirds are.
+        is_wrong: Whether XNNPACK takes sparse kernels, for the chain or a part of it, and computes wrong outputs.
     """
 
     pointwise: tuple[Operator, ...]
     findings: tuple[Finding, ...]
     num_weights: int
     zeros_missing: int
+    is_wrong: bool
 
     @property
     def runs_sparse(self) -> bool:
         """Whether XNNPACK takes its sparse kernels, and computes the right outputs with them."""
         return bool(self.pointwise) and not self.findings
 
-    @property
-    def is_wrong(self) -> bool:
-        """Whether XNNPACK takes its sparse kernels, and computes wrong outputs with them."""
-        return bool(self.findings) and all(finding.kind == "correctness" for finding in self.findings)
-
 
 def find_chain(graph: Graph) -> Chain:
     """Looks for the chain, and for everything that breaks it."""
     search = _Search(graph)
-    pointwise = tuple(o for o in search.image if o.kind == "CONV_2D" and search.kernel_size(o) == (1, 1))
-    kernels = [graph.constant(o.inputs[1]) for o in pointwise]
-    values = [kernel.values for kernel in kernels if kernel is not None]
-    size = sum(array.size for array in values)
-    zeros = sum(int((array == 0).sum()) for array in values)
+    pointwise = tuple(o for o in search.image if search.is_pointwise(o))
+    size, zeros = search.count(pointwise)
     missing = max(0, 2 * size // 3 + 1 - zeros) if size else 0
-    findings = list(search.findings())
+    findings = search.findings()
+    encoded = any(o.kind == "DENSIFY" for o in graph.operators)
+    wrong = search.wrong_parts() if encoded else []
+    known = {id(finding.operator) for finding in findings}
+    findings += [Finding("correctness", o, _WRONG_PART, _WHOLE_CHAIN) for o in wrong if id(o) not in known]
     if search.image and not pointwise:
         findings.append(
             Finding("operator", None, "there is no 1x1 convolution, the only kind that has sparse kernels", _SEPARABLE)
@@ -83,7 +83,7 @@ def find_chain(graph: Graph) -> Chain:
                 f"prune {missing:,} more of them; at 80 to 95 % it pays most",
             )
         )
-    elif size and not any(o.kind == "DENSIFY" for o in graph.operators):
+    elif size and not encoded:
         findings.append(
             Finding(
                 "encoding",
@@ -92,7 +92,7 @@ def find_chain(graph: Graph) -> Chain:
                 "export with encoding='sparse'",
             )
         )
-    return Chain(pointwise, tuple(findings), size, missing)
+    return Chain(pointwise, tuple(findings), size, missing, bool(wrong))
 
 
 class _Search:
@@ -103,46 +103,103 @@ class _Search:
             for tensor in operator.inputs:
                 self._consumers.setdefault(tensor, []).append(operator)
         self.image = self._image_operators()
+        self._judged = {id(operator): self._judge(operator) for operator in self.image}
 
     def findings(self) -> list[Finding]:
-        found = {id(o): Finding("operator", o, *why) for o in self.image if (why := self._judge(o)) is not None}
-        joins = {id(o): id(o) not in found for o in self.image}
-        breaks = [found[id(o)] for o in self.image if id(o) in found and self._matters(o, joins)]
-        for operator in self.image:
-            if joins[id(operator)] and any(
-                t in self.graph.outputs and self._joining(t, joins) for t in operator.outputs
-            ):
-                why = "its output is also an output of the model", "compute that output from the end of the network"
-                breaks.append(Finding("operator", operator, *why))
+        """What breaks the chain whatever the weights are."""
         if not self.image:
             return []
-        if any(o.kind in _ENDS and joins[id(o)] for o in self.image):
-            broken = {id(finding.operator) for finding in breaks}
-            breaks += self._wrong_ends(joins, broken)
-        else:
+        judged = [(o, self._judged[id(o)]) for o in self.image if self._breaks(o)]
+        breaks = [Finding("operator", o, *why) for o, why in judged if why is not None]
+        for operator in self.image:
+            if self._joins(operator) and any(t in self.graph.outputs and self._joining(t) for t in operator.outputs):
+                why = "its output is also an output of the model", "compute that output from the end of the network"
+                breaks.append(Finding("operator", operator, *why))
+        if not self._has_end():
             why = "the chain has no end", "end the image part of the network in GlobalAveragePooling2D"
             breaks.append(Finding("operator", self.image[-1], *why))
+        else:
+            for operator in (o for o in self.image if self._joins(o)):
+                # Where an operator breaks the chain, that is what is to be changed.
+                if not any(self._breaks(o) for t in operator.outputs for o in self._followers(t)):
+                    breaks += [Finding("correctness", o, _WRONG_END, _PLAIN_END) for o in self._wrong_ends(operator)]
         return [*self._dtypes(), *breaks]
 
-    def _wrong_ends(self, joins: dict[int, bool], broken: set[int]) -> list[Finding]:
+    def wrong_parts(self) -> list[Operator]:
+        """Where parts of the chain run sparse and hand on wrong numbers.
+
+        XNNPACK judges the parts between two breaks by themselves. One that begins with a stem, has the zeros and breaks
+        off later is taken, as long as some part of the network has an end (measured with LiteRT 2.1.2).
+        """
+        if not self._has_end() or self._dtypes():
+            return []
+        found = []
+        for part in self._parts():
+            size, zeros = self.count(o for o in part if self.is_pointwise(o))
+            if 3 * zeros > 2 * size and not any(self._is_cut_off(o) for o in part):
+                found += [o for operator in part for o in self._wrong_ends(operator)]
+        return found
+
+    def is_pointwise(self, operator: Operator) -> bool:
+        """Whether it is a 1x1 convolution."""
+        return operator.kind == "CONV_2D" and self.kernel_size(operator) == (1, 1)
+
+    def count(self, operators: Iterable[Operator]) -> tuple[int, int]:
+        """How many weights their kernels have, and how many are zero."""
+        kernels = [self.graph.constant(o.inputs[1]) for o in operators]
+        values = [kernel.values for kernel in kernels if kernel is not None]
+        return sum(array.size for array in values), sum(int((array == 0).sum()) for array in values)
+
+    def _joins(self, operator: Operator) -> bool:
+        return id(operator) in self._judged and self._judged[id(operator)] is None
+
+    def _breaks(self, operator: Operator) -> bool:
+        return self._judged.get(id(operator)) is not None and self._matters(operator)
+
+    def _has_end(self) -> bool:
+        return any(o.kind in _ENDS and self._joins(o) for o in self.image)
+
+    def _is_stem(self, operator: Operator) -> bool:
+        return operator.kind == "CONV_2D" and not self.is_pointwise(operator)
+
+    def _parts(self) -> list[list[Operator]]:
+        """The operators that join, in connected parts."""
+        parts: dict[int, list[Operator]] = {}
+        for operator in (o for o in self.image if self._joins(o)):
+            part = [operator]
+            if not self._is_stem(operator):
+                for before in filter(None, map(self._before, self._computed(operator))):
+                    if id(before) in parts and parts[id(before)] is not part:
+                        part = [*parts[id(before)], *part]
+                        parts.update((id(member), part) for member in part)
+            parts.update((id(member), part) for member in part)
+        return list({id(part): part for part in parts.values()}.values())
+
+    def _is_cut_off(self, operator: Operator) -> bool:
+        """Whether an operator reads what is not of the chain, or what others read, too."""
+        if self._is_stem(operator):
+            return False
+        for tensor in self._computed(operator):
+            before = self._before(tensor)
+            if before is None or not self._joins(before):
+                return True
+            source = before.outputs[0]
+            if source in self.graph.outputs or len(self._joining(source)) < len(self._followers(source)):
+                return True
+        return False
+
+    def _wrong_ends(self, operator: Operator) -> list[Operator]:
         """Where the chain ends in something else than a mean or plain values, which XNNPACK computes wrongly.
 
         Measured with LiteRT 2.1.2 on emulated aarch64: a tensor that leaves the chain with the axes of an image has
         wrong shapes or numbers, or the file does not load. A mean without these axes is right, and so is a reshape.
         """
-        found = []
-        for operator in (o for o in self.image if joins[id(o)]):
-            (output,) = operator.outputs
-            followers = self._followers(output)
-            shape = self.graph.tensors[output].shape
-            if len(shape) != 4 or any(joins.get(id(o), False) or id(o) in broken for o in followers):
-                continue
-            if operator.kind in _ENDS and output not in self.graph.outputs:
-                wrong = [o for o in followers if o.kind not in ("RESHAPE", "SHAPE", "SQUEEZE")]
-                found += [Finding("correctness", o, _WRONG_END, _PLAIN_END) for o in wrong]
-            elif operator.kind != "DEPTH_TO_SPACE":
-                found.append(Finding("correctness", operator, _WRONG_END, _PLAIN_END))
-        return found
+        (output,) = operator.outputs
+        if len(self.graph.tensors[output].shape) != 4 or self._joining(output) or operator.kind == "DEPTH_TO_SPACE":
+            return []
+        if operator.kind == "MEAN" and output not in self.graph.outputs:
+            return [o for o in self._followers(output) if o.kind not in ("RESHAPE", "SHAPE", "SQUEEZE")]
+        return [operator]
 
     def kernel_size(self, operator: Operator) -> tuple[int, int]:
         """Height and width of a convolution's kernel."""
@@ -169,6 +226,8 @@ class _Search:
     def _is_on_images(self, operator: Operator) -> bool:
         if all(self.graph.tensors[t].dtype in ("int32", "int64") for t in operator.outputs):
             return False  # It computes a shape.
+        if operator.kind in _ENDS and len(self.graph.tensors[operator.inputs[0]].shape) == 4:
+            return True  # It pools an image, even if there is one pixel left.
         shapes = [self.graph.tensors[t].shape for t in (*self._computed(operator), *operator.outputs)]
         return any(len(shape) == 4 and max(shape[1:3]) > 1 for shape in shapes)
 
@@ -183,12 +242,20 @@ class _Search:
             found += self._consumers[operator.outputs[0]] if self._is_taken_in(operator) else [operator]
         return found
 
-    def _joining(self, tensor: int, joins: dict[int, bool]) -> list[Operator]:
-        return [o for o in self._followers(tensor) if joins.get(id(o), False)]
+    def _before(self, tensor: int) -> Operator | None:
+        """The operator that a tensor comes from; of a padding that a convolution takes in, the one before it."""
+        producer = self.graph.producers.get(tensor)
+        if producer is not None and self._is_taken_in(producer):
+            return self.graph.producers.get(producer.inputs[0])
+        return producer
 
-    def _matters(self, operator: Operator, joins: dict[int, bool]) -> bool:
+    def _joining(self, tensor: int) -> list[Operator]:
+        """Who reads a tensor within the chain; a stem reads from outside."""
+        return [o for o in self._followers(tensor) if self._joins(o) and not self._is_stem(o)]
+
+    def _matters(self, operator: Operator) -> bool:
         """Whether it is amid the chain: convolutions follow, or it shares a tensor with an operator that joins."""
-        shares = any(self._joining(t, joins) for t in (*self._computed(operator), *operator.outputs))
+        shares = any(self._joining(t) for t in (*self._computed(operator), *operator.outputs))
         if operator.kind in _CONVOLUTIONS or shares:
             return True
         waiting, seen = list(operator.outputs), set()
@@ -288,7 +355,7 @@ class _Search:
             reason = f"a 3x3 convolution joins only as the stem, with strides 2 on 3 channels; {found}"
             return reason, f"a stem of 3x3, strides 2, on the image's 3 channels; elsewhere {_SEPARABLE}"
         if self._padding(operator) != (1, 1, 1, 1):
-            return self._uneven(operator), _SYMMETRIC.format(1)
+            return self._uneven(operator)
         return None
 
     def _judge_depthwise(self, operator: Operator, channels: int) -> tuple[str, str] | None:
@@ -301,20 +368,21 @@ class _Search:
             return f"its strides are {stride}", "strides 1 or 2"
         half = size[0] // 2
         if self._padding(operator) != (half,) * 4:
-            return self._uneven(operator), _SYMMETRIC.format(half)
+            return self._uneven(operator)
         return None if self._reads_the_chain(operator) else _NO_STEM
 
-    def _uneven(self, operator: Operator) -> str:
+    def _uneven(self, operator: Operator) -> tuple[str, str]:
         padding, half = self._padding(operator), self.kernel_size(operator)[0] // 2
+        height, width = self.graph.tensors[operator.inputs[0]].shape[1:3]
+        if padding is None and (height % 2 or width % 2):
+            return f"strides 2 on an image of odd size, {height}x{width}, are always written as 'same'", _EVEN_SIZES
         found = "'same' with strides 2" if padding is None else f"{padding} (top, bottom, left, right)"
-        return f"its padding is {found}; it must be {half} on each side"
+        return f"its padding is {found}; it must be {half} on each side", _SYMMETRIC.format(half)
 
     def _reads_the_chain(self, operator: Operator) -> bool:
         """Whether its image comes from another image operator, and not straight from the model's inputs."""
-        producer = self.graph.producers.get(operator.inputs[0])
-        if producer is not None and self._is_taken_in(producer):
-            producer = self.graph.producers.get(producer.inputs[0])
-        return any(producer is before for before in self.image)
+        before = self._before(operator.inputs[0])
+        return any(before is other for other in self.image)
 
     def _judge_sum_or_product(self, operator: Operator) -> tuple[str, str] | None:
         shapes = [self.graph.tensors[t].shape for t in operator.inputs]
@@ -335,6 +403,8 @@ _NO_STEM = (
     "it reads an input of the model, and the chain starts with a stem",
     "a stem first: a 3x3 convolution, strides 2, on 3 channels, with padding 1 on each side",
 )
+_WRONG_PART = "XNNPACK runs the part of the chain up to here sparse, and hands on wrong numbers"
+_WHOLE_CHAIN = "mend what is in the way behind it, or export with encoding='dense'"
 _WRONG_END = "the chain would end here in a tensor with the axes of an image, which XNNPACK computes wrongly"
 _PLAIN_END = (
     "GlobalAveragePooling2D(keepdims=False) before it, and Reshape behind that where need be; make_ready does so"
