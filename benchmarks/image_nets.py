@@ -62,6 +62,18 @@ def _to_one_pixel(x: Any) -> Any:
     return head(pointwise(x))
 
 
+def _mean_of_rows(x: Any) -> Any:
+    return layers.Dense(10)(keras.ops.mean(keras.ops.mean(x, 1), 1))
+
+
+def _two_towers() -> keras.Model:
+    inputs = keras.Input((48, 48, 3))
+    # Of two paddings of the same image the converter makes one, which no convolution can take in.
+    towers = [pointwise(depthwise(pointwise(stem(image)))) for image in (inputs, layers.ReLU()(inputs))]
+    pooled = [layers.GlobalAveragePooling2D()(tower) for tower in towers]
+    return keras.Model(inputs, layers.Dense(10)(layers.Concatenate()(pooled)), name="network")
+
+
 def _pooled(x: Any) -> Any:
     return layers.GlobalAveragePooling2D(keepdims=True)(x)
 
@@ -91,6 +103,10 @@ NETS: dict[str, tuple[Callable[[], keras.Model], bool, str]] = {
     "tanh": (lambda: network(layers.Activation("tanh")), True, ""),
     "gelu": (lambda: network(layers.Activation("gelu")), True, ""),
     "elu": (lambda: network(layers.ELU()), True, ""),
+    "clip": (lambda: network(lambda x: keras.ops.clip(x, 0.0, 1.0)), True, ""),
+    "cosine": (lambda: network(keras.ops.cos), True, ""),
+    "sum as end": (lambda: network(end=lambda x: layers.Dense(10)(keras.ops.sum(x, (1, 2)))), True, ""),
+    "two towers": (_two_towers, True, ""),
     "bilinear": (lambda: network(lambda x: layers.UpSampling2D(interpolation="bilinear")(depthwise(x, 2))), True, ""),
     "reshaped head": (lambda: network(end=_reshaped_head), True, ""),
     "flattened pooling": (lambda: network(end=_flattened_pooling), True, ""),
@@ -125,6 +141,10 @@ NETS: dict[str, tuple[Callable[[], keras.Model], bool, str]] = {
     ),
     "normalization behind ReLU": (lambda: network(layers.BatchNormalization()), False, "MUL"),
     "a constant": (lambda: network(_constant), False, "MUL"),
+    "sign": (lambda: network(keras.ops.sign), False, "SIGN"),
+    "added to itself": (lambda: network(lambda x: layers.Add()([x, x])), False, "ADD"),
+    "odd image": (lambda: network(lambda x: depthwise(x, 2), size=42), False, "DEPTHWISE_CONV_2D"),
+    "mean of rows": (lambda: network(end=_mean_of_rows), False, "MEAN"),
     "softmax amid": (lambda: network(layers.Softmax()), False, "SOFTMAX"),
     "nearest": (lambda: network(layers.UpSampling2D()), False, "TILE"),
     "cropping": (lambda: network(layers.Cropping2D(1)), False, "STRIDED_SLICE"),

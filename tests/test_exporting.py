@@ -532,5 +532,136 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", refusing)
-    with pytest.raises(PermissionError, match=r"Cannot write into .*: Permission denied\. Choose a directory"):
+    with pytest.raises(PermissionError, match=r"Cannot write into .*: Permission denied\. Choose another directory"):
         tf_prune.export(helpers.build("mlp"), tmp_path / "out")
+
+
+def two_inputs(folder):
+    class Module(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((None, 3), tf.float32, name) for name in ("a", "b")])
+        def minus(self, a, b):
+            return {"difference": a - 2 * b}
+
+    tf.saved_model.save(Module(), str(folder))
+
+
+def test_several_inputs_of_a_saved_model_are_taken_by_name_alone(tmp_path):
+    two_inputs(tmp_path / "saved")
+    a, b = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+    report = tf_prune.export(tmp_path / "saved", tmp_path / "out", ({"b": b, "a": a}, a))
+    assert report.largest_difference < 1e-6
+    with pytest.raises(ValueError, match=r"the signature's inputs a, b; got no names"):
+        tf_prune.export(tmp_path / "saved", tmp_path / "refused", ([a, b], a))
+    with pytest.raises(ValueError, match=r"the signature's inputs a, b; got a, c"):
+        tf_prune.export(tmp_path / "saved", tmp_path / "refused", ({"a": a, "c": b}, a))
+
+
+def test_what_is_known_to_be_wrong_is_not_kept_where_flex_operators_cannot_be_compared(tmp_path):
+    layers = [keras.layers.Dense(64, "relu"), keras.layers.Dense(4), Determinant()]
+    model = keras.Sequential([keras.Input((64,)), *layers])
+    tf_prune.prune(model, "magnitude", 0.9, structure="1x16", filters=layers[0].name, verbose=0)
+    options = {"dtype": "dynamic_int8", "flex": True}
+    report = tf_prune.export(model, tmp_path, **options, sweep=(0.5,))
+    assert report.encoding == "dense"
+    assert list(report.refused) == ["sparse"]
+    assert [point.encoding for point in report.points] == ["dense", "sparse"] * 2
+    if report.largest_difference is None:
+        assert [point.latency for point in report.points] == [None] * 4
+        assert report.latency == {}
+    with pytest.raises(tf_prune.ExportError, match=r"The sparse encoding cannot be used\. XNNPACK computes wrong"):
+        tf_prune.export(model, tmp_path, **options, encoding="sparse")
+
+
+def test_every_kernel_of_attention_is_found(tmp_path):
+    model = helpers.build("attention")
+    tf_prune.prune(model, "random", 0.5, scope="layerwise", verbose=0)
+    report = tf_prune.export(model, tmp_path)
+    assert [row.tflite_sparsity for row in report.layers] == pytest.approx([row.sparsity for row in report.layers])
+
+
+def test_a_batch_size_that_the_model_fixes_is_that_of_the_files(tmp_path):
+    model = keras.Sequential([keras.Input((5, 3), batch_size=4), keras.layers.GRU(8), keras.layers.Dense(2)])
+    report = tf_prune.export(model, tmp_path / "out")
+    assert report.inputs == "4 random examples"
+    (details,) = Interpreter(str(tmp_path / "out" / "model.tflite")).get_input_details()
+    assert details["shape_signature"][0] == 4
+
+
+def test_stateful_layers_and_strings_without_data_are_refused_in_words(tmp_path):
+    stateful = keras.Sequential([keras.Input((5, 3), batch_size=4), keras.layers.GRU(8, stateful=True, name="gru")])
+    with pytest.raises(ValueError, match=r"'gru' is stateful: .*stateful=False"):
+        tf_prune.export(stateful, tmp_path / "out")
+    words = keras.Sequential([keras.Input((1,), dtype="string"), keras.layers.Hashing(8), keras.layers.Embedding(8, 2)])
+    with pytest.raises(ValueError, match=r"takes strings\. Pass data=\(x, y\)"):
+        tf_prune.export(words, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_the_conversion(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "convert", lambda *_, **__: 1 / 0)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        tf_prune.export(helpers.build("mlp"), tmp_path / "file" / "new" / "out")
+    with pytest.raises(OSError, match=r"Cannot write into .*: File name too long\. Choose another directory"):
+        tf_prune.export(helpers.build("mlp"), tmp_path / "new" / ("n" * 300))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_name_as_long_as_can_be_is_written_to_and_a_failed_export_leaves_no_directory(tmp_path, monkeypatch):
+    def failing(source, target):
+        if "report.md" in str(source):
+            raise OSError("no space left")
+        honest(source, target)
+
+    honest = os.replace
+    model = helpers.build("mlp")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="no space"):
+            tf_prune.export(model, tmp_path / "new" / "out")
+    assert os.listdir(tmp_path) == []
+    tf_prune.export(model, tmp_path / ("n" * 255))
+    assert "model.tflite" in files(tmp_path / ("n" * 255))
+
+
+def test_weights_come_back_from_a_sweep_whatever_is_interrupted(monkeypatch):
+    model = helpers.build("mlp")
+    before = helpers.state(model)
+    variables = tf_prune.find_prunable(model).prunable
+    calls = []
+
+    def interrupted(self, value):
+        calls.append(self)
+        if len(calls) in (4, 5):
+            raise KeyboardInterrupt
+        honest(self, value)
+
+    honest = keras.Variable.assign
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Variable, "assign", interrupted)
+        with pytest.raises(KeyboardInterrupt), exporting._at_sparsity(variables, 0.5):
+            pass
+    assert len(calls) >= 6
+    helpers.assert_same_state(before, model)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_model_that_trains_in_mixed_precision_is_served_in_float32(policy, tmp_path):
+    default = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        mixed = helpers.MODELS["mlp"]()
+    finally:
+        keras.config.set_dtype_policy(default)
+    plain = helpers.build("mlp")
+    plain.set_weights(mixed.get_weights())
+    x, y = helpers.batch(8)
+    before = helpers.state(mixed)
+    report = tf_prune.export(mixed, tmp_path, (x, y))
+    helpers.assert_same_state(before, mixed)
+    assert {layer.dtype_policy.name for layer in mixed.layers} == {policy}
+    assert report.largest_difference < 1e-5
+    loaded = tf.saved_model.load(tmp_path / "saved_model")
+    served = loaded.serve(x)
+    assert served.dtype == tf.float32
+    np.testing.assert_allclose(served, plain(x), atol=1e-5)

@@ -111,6 +111,49 @@ def test_as_many_zeros_as_are_missing_are_just_enough():
     assert tf_prune.explain(model).zeros_missing == 0
 
 
+def test_parts_are_judged_by_their_own_zeros():
+    model = image_nets.NETS["two towers"][0]()
+    first, second = (
+        [la for la in model.layers if isinstance(la, layers.Conv2D) and la.kernel_size == (1, 1)][i::2] for i in (0, 1)
+    )
+    generator = np.random.default_rng(0)
+    for convolutions, sparsity in ((first, 0.95), (second, 0.5)):
+        for layer in convolutions:
+            kernel = np.array(keras.ops.convert_to_numpy(layer.kernel))
+            layer.kernel.assign(np.where(generator.random(kernel.shape) < sparsity, 0, kernel))
+    explanation = tf_prune.explain(model)
+    running = {kernel.where for kernel in explanation.kernels if kernel.runs_sparse}
+    assert running == {layer.name for layer in first}
+    assert [obstacle.kind for obstacle in explanation.obstacles] == ["sparsity"]
+    sizes = sum(int(np.prod(layer.kernel.shape)) for layer in second)
+    zeros = sum(int((np.asarray(layer.kernel) == 0).sum()) for layer in second)
+    assert explanation.zeros_missing == 2 * sizes // 3 + 1 - zeros
+
+
+def test_a_part_that_runs_sparse_before_a_break_is_said_to_be_wrong():
+    broken = prune_pointwise(image_nets.NETS["max pooling"][0]())
+    explanation = tf_prune.explain(broken)
+    assert {(o.kind, o.operator) for o in explanation.obstacles} >= {
+        ("operator", "MAX_POOL_2D"),
+        ("correctness", "CONV_2D"),
+    }
+    assert not explanation.runs_sparse
+    # What XNNPACK does not take splits the graph: the part before it has no end, and is right.
+    split = prune_pointwise(image_nets.NETS["sign"][0]())
+    assert {o.kind for o in tf_prune.explain(split).obstacles} == {"operator"}
+
+
+@pytest.mark.parametrize("content", [b"xxxxTFL3", b"\0\0\0\0TFL3" + bytes(64)])
+def test_damaged_files_are_said_to_be_damaged(content):
+    with pytest.raises(ValueError, match="is damaged"):
+        tf_prune.explain(content)
+
+
+def test_recurrent_models_are_explained_too():
+    explanation = tf_prune.explain(helpers.build("recurrent"), "x86")
+    assert {kernel.operator for kernel in explanation.kernels} == {"FULLY_CONNECTED"}
+
+
 def test_a_model_its_saved_model_and_its_file_get_the_same_verdict_and_the_model_stays(tmp_path):
     model = small(0.9)
     before = helpers.state(model)

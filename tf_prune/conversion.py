@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_prune.precision import computing_in
+
 ENCODINGS = ("dense", "sparse")
 DTYPES = ("float32", "float16", "dynamic_int8", "int8")
 _EXPORTED = "serving_default"
@@ -22,6 +24,9 @@ class ConversionError(ValueError):
 
 def write_saved_model(model: keras.Model, examples: Any, directory: Path, batch_size: int | None = None) -> list[str]:
     """Writes the plain model, each variable once, to serve under `serving_default` for batches of any size.
+
+    It computes in float32, in whatever the model does: TF-Lite has few kernels for other floats. A batch size that the
+    model itself fixes stays.
 
     Args:
         model: A built `keras.Model`.
@@ -50,11 +55,17 @@ def write_saved_model(model: keras.Model, examples: Any, directory: Path, batch_
     def serve(inputs: Any) -> Any:
         return model(inputs, training=False)
 
-    archive.add_endpoint("serve", serve, input_signature=signature(None))
-    if batch_size is not None:
-        archive.add_endpoint(_FIXED_BATCH, lambda inputs: serve(inputs), input_signature=signature(batch_size))
-    archive.write_out(str(directory), verbose=False)
+    with computing_in(model, "float32"):
+        archive.add_endpoint("serve", serve, input_signature=signature(batch_size_of(model)))
+        if batch_size is not None:
+            archive.add_endpoint(_FIXED_BATCH, lambda inputs: serve(inputs), input_signature=signature(batch_size))
+        archive.write_out(str(directory), verbose=False)
     return names
+
+
+def batch_size_of(model: keras.Model) -> int | None:
+    """The batch size that the model's inputs fix; mostly none."""
+    return next((tensor.shape[0] for tensor in getattr(model, "inputs", None) or []), None)
 
 
 def signatures_of(saved_model: Path) -> dict[str, Any]:

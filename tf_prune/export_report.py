@@ -19,12 +19,15 @@ _ENCODINGS = ("dense", "sparse")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Size and latency of one file, for the plot: `encoding` is `"dense"` or `"sparse"`, latency in seconds."""
+    """Size and latency of one file, for the plot: `encoding` is `"dense"` or `"sparse"`, latency in seconds.
+
+    It has no latency if LiteRT does not run it, or not rightly.
+    """
 
     sparsity: float
     encoding: str
     bytes: int
-    latency: float
+    latency: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +71,11 @@ class ExportReport:
     @property
     def latency(self) -> dict[str, float]:
         """Median time of one example by encoding, in seconds, on `machine`, with one thread."""
-        return {point.encoding: point.latency for point in self._here()}
+        return {point.encoding: point.latency for point in self._here() if point.latency is not None}
 
     def _here(self) -> tuple[Point, ...]:
         """The points of the files themselves."""
-        return self.points[: 0 if self.largest_difference is None else len(_ENCODINGS) - len(self.refused)]
+        return self.points[: len(_ENCODINGS)]
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes the report as JSON."""
@@ -193,14 +196,14 @@ def draw_sizes(file: str | os.PathLike[str], report: ExportReport) -> bool:
     left, right = figure.subplots(1, 2)
     panels: tuple[tuple[Any, str, Any], ...] = (
         (left, "size, kB", lambda point: point.bytes / 1000),
-        (right, f"latency on {report.machine}, ms", lambda point: 1000 * point.latency),
+        (right, f"latency on {report.machine}, ms", lambda point: point.latency and 1000 * point.latency),
     )
     for axes, label, value in panels:
         for encoding, color in (("dense", "#8a8a8a"), ("sparse", "#3b6ea5")):
-            points = sorted((p for p in report.points if p.encoding == encoding), key=lambda p: p.sparsity)
-            axes.plot([p.sparsity for p in points], [value(p) for p in points], "o-", color=color, label=encoding)
+            points = sorted((p.sparsity, value(p)) for p in report.points if p.encoding == encoding and value(p))
+            axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=color, label=encoding)
         for point in report._here():
-            if point.encoding == report.encoding:
+            if point.encoding == report.encoding and value(point):
                 axes.plot(point.sparsity, value(point), "o", ms=12, mfc="none", mec="#c0392b", label="this model")
         axes.set(xlabel="sparsity", ylabel=label, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)

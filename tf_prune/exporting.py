@@ -5,7 +5,6 @@ import gzip
 import itertools
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -60,18 +59,21 @@ def export(
     The SavedModel holds the plain model, each variable once: no mask, no optimizer, pruned weights exactly zero. The
     TF-Lite file is made from it twice, with plain and with sparse tensors, and the smaller one is kept. It is run with
     LiteRT, and its outputs are compared with the model's; its zeros are counted, and each target's verdict on them is
-    in the report (`tf_prune.explain`). The model itself is not changed.
+    in the report (`tf_prune.explain`). The model itself is not changed. One that computes in float16 or bfloat16 is
+    served and compared in float32.
 
     Args:
         model: A built `keras.Model`, pruned or not; or the path of a SavedModel, for example of one that was trained
             aware of quantization.
         directory: Where to write; made if needed. Files of an earlier export there are replaced.
-        data: Real inputs to compare on, an `(x, y)` batch or an iterable of them (y is not used). `None` takes 32
-            standard normal examples. `"int8"` takes its ranges from the first 200 examples.
+        data: Real inputs to compare on, an `(x, y)` batch or an iterable of them (y is not used); of a SavedModel with
+            several inputs, x is a dict of its names. `None` takes 32 standard normal examples, or as many as the
+            model's inputs fix. `"int8"` takes its ranges from the first 200 examples.
         dtype: Of the weights in the TF-Lite file: `"float32"`, `"float16"`, `"dynamic_int8"`; or `"int8"` for all,
             activations, inputs and outputs too.
         encoding: `"dense"` or `"sparse"`; `None` keeps the smaller file. Microcontrollers need `"dense"`.
-        batch_size: Fixes the TF-Lite file's; `None` leaves it open. The SavedModel serves batches of any size.
+        batch_size: Fixes the TF-Lite file's; `None` leaves it open. The SavedModel serves batches of any size, unless
+            the model's own inputs fix it.
         signature: Which of a SavedModel's signatures is exported.
         sweep: Sparsities to measure size and latency at, too, for the report's plot: the kernels' smallest weights
             are zeroed for it, in the pattern they have, and come back afterwards. A Keras model only.
@@ -89,7 +91,7 @@ def export(
         ExportError: If outputs differ by more than `tolerance`.
         ImportError: If `ai-edge-litert` is missing.
         ValueError: If a pruned weight is not zero, a weight is not finite, the inputs' shape is unknown or not that of
-            the data, or `"int8"` has no data. Nothing is written then, as after all other errors.
+            the data, a layer is stateful, or `"int8"` has no data. Nothing is written then, as after all other errors.
 
     Example:
         report = tf_prune.export(model, "saved_models/lenet", data=(x_test, y_test))
@@ -97,8 +99,6 @@ def export(
     """
     _check_options(model, dtype, encoding, batch_size, sweep)
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory must be a folder to write into, but {directory} is a file.")
     batches = Batches(data)
     source = (
         KerasSource(model, batches)
@@ -106,7 +106,7 @@ def export(
         else SavedModelSource(Path(model), signature, batches)
     )
     check_installed()
-    with _folder_beside(directory) as work:
+    with _folder_in(directory) as work:
 
         def files_of(saved_model: Path) -> dict[str, bytes]:
             source.write(saved_model, batch_size)
@@ -148,7 +148,7 @@ def export(
             machine=platform.machine(),
             refused=refused,
             points=(
-                *_points(_sparsity(source.kernels), files, latencies(models, one)),
+                *_points(_sparsity(source.kernels), files, models, one),
                 *_sweep(source, sweep, files_of, one, flex),
             ),
             explanations=tuple(explain_graphs(graphs, target, source.layers) for target in TARGETS),
@@ -177,8 +177,9 @@ def _first_that_agrees(
     operators of TensorFlow cannot be compared where the runtime has no Flex delegate, as in TensorFlow 2.21.
     """
     name, *others = encodings
-    if not models and all(_NO_FLEX in reason for reason in refused.values()):
-        refused.clear()
+    if _NO_FLEX in refused.get(name, ""):
+        for unknown in [key for key, reason in refused.items() if _NO_FLEX in reason]:
+            del refused[unknown]
         return name, Parity(0, None, None)
     try:
         if name in refused:
@@ -212,15 +213,32 @@ def _check_options(model: Any, dtype: str, encoding: str | None, batch_size: Any
 
 
 @contextlib.contextmanager
-def _folder_beside(directory: Path) -> Iterator[Path]:
-    """A folder on the same disk, so that what is ready is renamed into place."""
-    there = next(parent for parent in directory.absolute().parents if parent.is_dir())
+def _folder_in(directory: Path) -> Iterator[Path]:
+    """A folder on the same disk, so that what is ready is renamed into place. Directories made for it go after errors.
+
+    Made in the directory and not beside it: then whether it can be written into shows before the work.
+    """
+    path = (directory, *directory.parents)
+    for file in filter(os.path.isfile, path):
+        raise ValueError(f"directory must be a folder to write into, but {file} is a file.")
+    missing = [part for part in path if not os.path.exists(part)]
     try:
-        temporary = tempfile.TemporaryDirectory(dir=there, prefix=f".{directory.name}.")
+        with _temporary_in(directory) as work:
+            yield work
+    except BaseException:
+        for part in missing:
+            with contextlib.suppress(OSError):
+                part.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _temporary_in(directory: Path) -> Iterator[Path]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=directory, prefix=".")
     except OSError as error:
-        raise type(error)(
-            f"Cannot write into {there}: {error.strerror}. Choose a directory that may be written."
-        ) from error
+        raise type(error)(f"Cannot write into {directory}: {error.strerror}. Choose another directory.") from error
     with temporary as name:
         yield Path(name)
 
@@ -247,8 +265,9 @@ def _sparsity(kernels: dict[str, np.ndarray]) -> float:
     return sum(int((kernel == 0).sum()) for kernel in kernels.values()) / total if total else 0.0
 
 
-def _points(sparsity: float, files: dict[str, bytes], times: dict[str, float]) -> list[Point]:
-    return [Point(sparsity, name, len(files[name]), seconds) for name, seconds in times.items()]
+def _points(sparsity: float, files: dict[str, bytes], models: dict[str, LiteRTModel], one: Arrays) -> list[Point]:
+    times = latencies(models, one)
+    return [Point(sparsity, name, len(content), times.get(name)) for name, content in files.items()]
 
 
 def _sweep(
@@ -259,8 +278,7 @@ def _sweep(
         with _at_sparsity(source.variables, sparsity), tempfile.TemporaryDirectory() as folder:
             files = files_of(Path(folder) / "saved_model")
             actual = _sparsity(source.kernels)
-        times = latencies(_usable(files, one, flex)[0], one)
-        yield from _points(actual, files, times)
+        yield from _points(actual, files, _usable(files, one, flex)[0], one)
 
 
 @contextlib.contextmanager
@@ -274,13 +292,13 @@ def _at_sparsity(variables: dict[str, keras.Variable], sparsity: float) -> Itera
         filled[path] = np.where(kernel == 0, scale * generator.standard_normal(kernel.shape), kernel)
     scores = {path: _blockwise(np.abs(filled[path]), before[path]) for path in before}
     masks = masks_from_scores(scores, sparsity, "layerwise")
-    try:
+    with contextlib.ExitStack() as stack:
+        # Each one comes back whatever happens to others; and twice, since an interruption may hit one.
+        for path, variable in [*variables.items()] * 2:
+            stack.callback(variable.assign, before[path])
         for path, variable in variables.items():
             variable.assign(filled[path] * masks[path])
         yield
-    finally:
-        for path, variable in variables.items():
-            variable.assign(before[path])
 
 
 def _blockwise(scores: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -300,7 +318,6 @@ def _sizes(content: bytes) -> dict[str, int]:
 
 def _move_into(work: Path, directory: Path) -> None:
     """Renames the new files into place; an earlier export's are set aside until all are there."""
-    directory.mkdir(parents=True, exist_ok=True)
     new = list(work.iterdir())
     aside = work / "replaced"
     aside.mkdir()
@@ -311,9 +328,9 @@ def _move_into(work: Path, directory: Path) -> None:
                 os.replace(target, aside / source.name)
             os.replace(source, target)
     except BaseException:
+        for source in new:
+            if not source.exists():
+                os.replace(directory / source.name, source)
         for old in aside.iterdir():
-            target = directory / old.name
-            if target.exists():
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
-            os.replace(old, target)
+            os.replace(old, directory / old.name)
         raise

@@ -191,14 +191,21 @@ class Derivatives:
     def sees_its_input(self, masks: MaskMapping, example: Any) -> bool:
         """Whether the masked network's outputs differ between the examples of a batch.
 
+        In a deep network that was never trained they may with the batch's statistics alone: with the moving ones its
+        signals fade. Either will do.
+
         Args:
             masks: Masks of all variables.
             example: Inputs that differ from each other.
         """
         weights = self._masked_weights(self._mask_tensors(masks))
-        with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
-            outputs = keras.tree.flatten(self._model(example, training=False))
-        return any(bool(tf.reduce_any(output != output[:1])) for output in outputs)
+        for training in (False, True):
+            scope = keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True)))
+            with scope, noise_off(self._model):
+                outputs = keras.tree.flatten(self._model(example, training=training))
+            if any(bool(tf.reduce_any(output != output[:1])) for output in outputs):
+                return True
+        return False
 
     # -- what is traced ------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from rich.table import Table
 
 from tf_prune.batches import inputs_like
 from tf_prune.enforcement import apply_masks, masks_of
-from tf_prune.prunable import check_model
+from tf_prune.layers import Masked
+from tf_prune.prunable import check_model, find_kernels
 from tf_prune.sparse_inference import Obstacle, explain
+from tf_prune.xnnpack import BY_MAKE_READY
 
 _SPARSITY_ITSELF = ("sparsity", "encoding", "blocks")
 
@@ -78,9 +80,10 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
 
     Changed are the paddings of the stem and of strided depthwise convolutions, which become the same on each side (they
     see the image shifted by a pixel, so trained weights need further training). Changed with outputs staying what they
-    are: the squeezing of squeeze-and-excitation keeps its four axes, the scalars in it get four, and the last pooling
-    keeps none, since XNNPACK computes wrongly what would read them. Shapes, layers' names, weights, masks and the
-    settings of `compile` are carried over; the optimizer starts anew. The model that is passed is not changed.
+    are: the squeezing of squeeze-and-excitation keeps its four axes, and the scalars in it get four; the last pooling
+    keeps none, since XNNPACK computes wrongly what would read them, and 1x1 convolutions behind it become dense. Shapes
+    of outputs, layers' names, weights, masks and the settings of `compile` are carried over; the optimizer starts anew.
+    The model that is passed is not changed.
 
     Args:
         model: A built functional or Sequential `keras.Model` on images, channels last.
@@ -99,6 +102,9 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
         print(report)
     """
     check_model(model)
+    wrapped = [layer.name for layer in model._flatten_layers() if isinstance(layer, Masked)]
+    if wrapped:
+        raise ValueError(f"Layers are wrapped ({', '.join(wrapped[:3])}, ...). Call tf_prune.strip(model) first.")
     if not _is_functional(model):
         raise ValueError(
             f"make_ready lays a functional model anew, operator by operator; {model.name!r} is a "
@@ -109,11 +115,17 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
     rebuilding.copy_weights()
     masks = masks_of(model)
     if masks:
-        apply_masks(ready, masks)
+        pairs = zip(find_kernels(model), find_kernels(ready).values(), strict=True)
+        shapes = {path: variable.shape for path, variable in pairs}
+        apply_masks(ready, {path: mask.reshape(shapes[path]) for path, mask in masks.items()})
     difference = _largest_difference(model, ready)
     report = ReadinessReport(
         tuple(rebuilding.changes),
-        tuple(row for row in explain(ready, "arm64").obstacles if row.kind not in _SPARSITY_ITSELF),
+        tuple(
+            dataclasses.replace(row, fix=row.fix.removesuffix(BY_MAKE_READY))
+            for row in explain(ready, "arm64").obstacles
+            if row.kind not in _SPARSITY_ITSELF
+        ),
         _is_trained(model),
         difference,
     )
@@ -163,7 +175,9 @@ class _Rebuilding:
         # By number of the new layer: what was taken out of the old one, to be put behind or before it.
         self._without_padding: set[int] = set()
         self._without_activation: set[int] = set()
-        self._without_axes: set[int] = set()
+        # Operations that give the model's outputs, by number of the old ones.
+        self._last: set[int] = set()
+        self._paddings: dict[int, keras.Layer] = {}
 
     def rebuild(self, model: keras.Model) -> keras.Model:
         if isinstance(model, keras.Sequential):
@@ -171,12 +185,14 @@ class _Rebuilding:
             if model.compiled:
                 plain.compile_from_config(model.get_compile_config())
             model = plain
+        self._last |= {id(tensor._keras_history.operation) for tensor in model.outputs}
         return keras.models.clone_model(model, clone_function=self._clone, call_function=self._call)
 
     def copy_weights(self) -> None:
         for old, new in self._clones.values():
             if not _is_functional(old):
-                new.set_weights(old.get_weights())
+                pairs = zip(old.get_weights(), new.weights, strict=True)
+                new.set_weights([array.reshape(variable.shape) for array, variable in pairs])
 
     def _clone(self, operation: Any) -> Any:
         if not isinstance(operation, keras.Layer):
@@ -188,40 +204,54 @@ class _Rebuilding:
     def _new(self, layer: keras.Layer) -> keras.Layer:
         if _is_functional(layer):
             return self.rebuild(layer)
+        if isinstance(layer, layers.Lambda):
+            return layer  # It has no weights, and its code may not be written down.
         config = layer.get_config()
-        takes_padding = _is_strided(layer) and layer.padding == "same"
-        if takes_padding:
-            config["padding"] = "valid"
-        takes_activation = _squeezed_hard_sigmoid(layer)
-        if takes_activation:
-            config["activation"] = "linear"
-        takes_axes = isinstance(layer, layers.GlobalAveragePooling2D) and layer.keepdims and _is_end(layer)
-        if takes_axes:
-            config["keepdims"] = False
+        if _is_head(layer):
+            self.changes.append(Change(layer.name, "Dense in the place of a 1x1 convolution of one pixel", True))
+            return _as_dense(layer)
+        changes: list[tuple[set[int], dict[str, Any]]] = []
+        if _is_strided(layer) and layer.padding == "same":
+            changes.append((self._without_padding, {"padding": "valid"}))
+        if _squeezed_hard_sigmoid(layer):
+            changes.append((self._without_activation, {"activation": "linear"}))
+        if isinstance(layer, layers.GlobalAveragePooling2D) and layer.keepdims and _is_end(layer):
+            self.changes.append(Change(layer.name, "keepdims=False", True))
+            changes.append((set(), {"keepdims": False}))
+        for _, change in changes:
+            config.update(change)
         new = type(layer).from_config(config)
-        if takes_axes:
-            self._without_axes.add(id(new))
-        if takes_padding:
-            self._without_padding.add(id(new))
-        if takes_activation:
-            self._without_activation.add(id(new))
+        for noted, _ in changes:
+            noted.add(id(new))
         return new
 
     def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and "inputs" in kwargs:
+            args = (kwargs.pop("inputs"),)
         if _is_strided(operation):
             args = (self._padded(operation, args[0]), *args[1:])
         elif self._is_unsqueezing(operation, args):
             return self._with_axes_kept(args[0])
         elif type(operation).__name__ in ("Add", "Multiply") and not isinstance(operation, keras.Layer):
             args = self._with_four_axes(operation, args)
+        specs = [spec for spec in keras.tree.flatten(getattr(operation, "input_spec", None)) if spec is not None]
+        if any(4 in (spec.ndim, spec.min_ndim) for spec in specs) and len(args[0].shape) == 2:
+            args = (layers.Reshape((1, 1, args[0].shape[-1]))(args[0]), *args[1:])
         outputs = operation(*args, **kwargs)
-        if id(operation) in self._without_axes:
-            self.changes.append(Change(operation.name, "keepdims=False, and Reshape behind it", True))
-            outputs = layers.Reshape((1, 1, outputs.shape[-1]), name=f"{operation.name}_axes")(outputs)
         if id(operation) in self._without_activation:
             self.changes.append(Change(operation.name, "constants of hard sigmoid with four axes", True))
             outputs = keras.ops.relu6(keras.ops.add(outputs, _four_axes(3))) * _four_axes(1 / 6)
-        return outputs
+        return self._with_its_axes(operation, outputs)
+
+    def _with_its_axes(self, operation: Any, outputs: Any) -> Any:
+        """An output of the model has the axes that it had."""
+        old = next((old for old, new in self._clones.values() if new is operation), operation)
+        if id(old) not in self._last or keras.tree.is_nested(outputs):
+            return outputs
+        shape = old.output.shape[1:] if isinstance(old, keras.Layer) else outputs.shape[1:]
+        if len(shape) != 3 or len(outputs.shape) != 2:
+            return outputs
+        return layers.Reshape(shape, name=f"{operation.name}_axes")(outputs)
 
     def _padded(self, layer: Any, image: Any) -> Any:
         """The image with the same padding on each side, if the layer's output keeps its size so; or else as it is."""
@@ -240,7 +270,9 @@ class _Rebuilding:
         # Of odd sizes `same` pads evenly; and the converter writes it as `same` again.
         if any(size is None or size % 2 == 0 for size in image.shape[1:3]):
             self.changes.append(Change(layer.name, f"ZeroPadding2D({half}) in the place of {what}", False))
-        return layers.ZeroPadding2D(half, name=f"{layer.name}_padding")(source)
+        # A layer that is called twice has one padding.
+        padding = self._paddings.setdefault(id(layer), layers.ZeroPadding2D(half, name=f"{layer.name}_even_padding"))
+        return padding(source)
 
     def _is_unsqueezing(self, operation: Any, args: tuple[Any, ...]) -> bool:
         """Whether it gives a squeezed image its axes back, for attention to the image."""
@@ -283,6 +315,23 @@ def _is_strided(layer: Any) -> bool:
     return layer.kernel_size in ((3, 3), (5, 5)) and layer.depth_multiplier == 1
 
 
+def _is_head(layer: Any) -> bool:
+    """Whether it is a 1x1 convolution of one pixel that no image follows: the classifier of some networks."""
+    if type(layer) is not layers.Conv2D or layer.kernel_size != (1, 1) or layer.strides != (1, 1) or layer.groups != 1:
+        return False
+    shape = getattr(layer.input, "shape", ()) if len(layer._inbound_nodes) == 1 else ()
+    return len(shape) == 4 and shape[1:3] == (1, 1) and _is_end(layer)
+
+
+def _as_dense(layer: Any) -> keras.Layer:
+    config, kept = layer.get_config(), {}
+    for name in ("name", "trainable", "dtype", "activation", "use_bias", "kernel_initializer", "bias_initializer"):
+        kept[name] = config[name]
+    for name in ("kernel_regularizer", "bias_regularizer", "activity_regularizer", "bias_constraint"):
+        kept[name] = config[name]
+    return layers.Dense.from_config({"units": layer.filters, **kept})
+
+
 def _squeezed_hard_sigmoid(layer: Any) -> bool:
     if getattr(layer, "activation", None) is not keras.activations.hard_sigmoid:
         return False
@@ -290,9 +339,9 @@ def _squeezed_hard_sigmoid(layer: Any) -> bool:
     return len(shape) == 4 and shape[1:3] == (1, 1)
 
 
-def _is_end(pooling: keras.Layer) -> bool:
+def _is_end(layer: keras.Layer) -> bool:
     """Whether no image follows, as it does where channels are squeezed for attention."""
-    waiting, seen = [pooling], set()
+    waiting, seen = [layer], set()
     while waiting:
         for node in waiting.pop()._outbound_nodes:
             if any(len(t.shape) == 4 and t.shape[1:3] != (1, 1) for t in node.outputs):

@@ -9,9 +9,10 @@ import keras
 import numpy as np
 
 from tf_prune.batches import Batches, inputs_like
-from tf_prune.conversion import has_trained_ranges, signatures_of, write_saved_model
+from tf_prune.conversion import batch_size_of, has_trained_ranges, signatures_of, write_saved_model
 from tf_prune.enforcement import masks_of
 from tf_prune.parity import Arrays
+from tf_prune.precision import computing_in
 from tf_prune.prunable import check_model, find_kernels
 
 
@@ -32,13 +33,8 @@ class KerasSource:
                     f"Pruned weights of {path!r} are not zero; they were set from outside after pruning. Call "
                     "tf_prune.apply_masks(model, tf_prune.masks_of(model)) and export again."
                 )
-        for variable in model.weights:
-            array = keras.ops.convert_to_numpy(variable)
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(
-                    f"{variable.path!r} holds NaN or infinity, so the outputs would mean nothing. Train with a smaller "
-                    "learning rate, or load weights from before it happened."
-                )
+        _check_weights(model)
+        _check_forgets(model)
         self.variables = kernels
         self._example = self._first_input()
         self._names: list[str] = []
@@ -59,9 +55,10 @@ class KerasSource:
             yield dict(zip(self._names, keras.tree.flatten(x), strict=True))
 
     def outputs(self, inputs: Arrays) -> Arrays:
-        """What Keras computes."""
+        """What Keras computes, in float32 like the file."""
         x = keras.tree.pack_sequence_as(self._example, [inputs[name] for name in self._names])
-        outputs = self._model(x, training=False)
+        with computing_in(self._model, "float32"):
+            outputs = self._model(x, training=False)
         leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(outputs)]
         keys = sorted(outputs) if isinstance(outputs, dict) else [f"output_{i}" for i in range(len(leaves))]
         return dict(zip(keys, leaves, strict=True))
@@ -70,8 +67,14 @@ class KerasSource:
         """One batch of inputs: of the data, or random ones of the shape that the model says."""
         if self._batches.given:
             return _as_inputs(self._model, next(iter(self._batches.take(1)))[0])
-        generator = np.random.default_rng(0)
-        inputs = inputs_like(self._model, lambda shape, dtype: generator.standard_normal((32, *shape)).astype(dtype))
+        generator, size = np.random.default_rng(0), batch_size_of(self._model) or 32
+
+        def random(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+            if dtype == "string":
+                raise ValueError(f"{self._model.name!r} takes strings. Pass data=(x, y): x gives some to compare on.")
+            return generator.standard_normal((size, *shape)).astype(dtype)
+
+        inputs = inputs_like(self._model, random)
         if inputs is None:
             raise ValueError(
                 f"The model {self._model.name!r} does not say of what shape its inputs are. Pass data=(x, y): x gives "
@@ -103,11 +106,20 @@ class SavedModelSource:
         if not self._batches.given:
             yield {name: self._random(spec) for name, spec in self._specs.items()}
         for x, _, _ in self._batches if self._batches.given else ():
-            leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(x)]
-            if not isinstance(x, dict) and len(leaves) != len(self._specs):
-                raise ValueError(f"data has {len(leaves)} inputs, the signature {len(self._specs)}: {self._specs}.")
-            named = x if isinstance(x, dict) else dict(zip(self._specs, leaves, strict=True))
+            named = self._by_name(x)
             yield {name: self._checked(np.asarray(named[name]), spec) for name, spec in self._specs.items()}
+
+    def _by_name(self, x: Any) -> dict[str, Any]:
+        """The inputs by the signature's names, which are in no order."""
+        leaves = keras.tree.flatten(x)
+        if not isinstance(x, dict) and len(leaves) == len(self._specs) == 1:
+            return dict(zip(self._specs, leaves, strict=True))
+        expected, given = ", ".join(sorted(self._specs)), "no names"
+        if isinstance(x, dict):
+            if self._specs.keys() <= x.keys():
+                return x
+            given = ", ".join(sorted(x))
+        raise ValueError(f"data must be {{name: array}} with the signature's inputs {expected}; got {given}.")
 
     def _random(self, spec: Any) -> np.ndarray:
         shape = spec.shape.as_list()
@@ -125,6 +137,25 @@ class SavedModelSource:
         """What the signature computes."""
         tensors = {name: keras.ops.convert_to_tensor(array) for name, array in inputs.items()}
         return {name: tensor.numpy() for name, tensor in self._function(**tensors).items()}
+
+
+def _check_weights(model: keras.Model) -> None:
+    for variable in model.weights:
+        array = keras.ops.convert_to_numpy(variable)
+        if keras.backend.is_float_dtype(variable.dtype) and not np.isfinite(array).all():
+            raise ValueError(
+                f"{variable.path!r} holds NaN or infinity, so the outputs would mean nothing. Train with a smaller "
+                "learning rate, or load weights from before it happened."
+            )
+
+
+def _check_forgets(model: keras.Model) -> None:
+    for layer in model._flatten_layers(include_self=False):
+        if getattr(layer, "stateful", False):
+            raise ValueError(
+                f"{layer.name!r} is stateful: what it answers depends on earlier calls, so outputs cannot be compared. "
+                "Build it with stateful=False and load the weights; a state can be an input and an output of the model."
+            )
 
 
 def _as_inputs(model: keras.Model, x: Any) -> Any:

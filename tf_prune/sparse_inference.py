@@ -216,7 +216,9 @@ def _content(model: Any) -> bytes:
             "fixed sizes, or export it with data=(x, y) and explain the file."
         )
     with tempfile.TemporaryDirectory() as folder:
-        write_saved_model(model, examples, Path(folder))
+        # As `export` does it, unless recurrent layers need a fixed size.
+        recurrent = any(isinstance(layer, keras.layers.RNN) for layer in model._flatten_layers())
+        write_saved_model(model, examples, Path(folder), batch_size=1 if recurrent else None)
         return convert(Path(folder), encoding="sparse")
 
 
@@ -232,7 +234,7 @@ def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, 
     chain = find_chain(graphs[0])
     encoded = any(tensor.encoding not in (None, "dense") for graph in graphs for tensor in graph.tensors)
     convolve = target in _SPARSE_CONVOLUTIONS
-    running = {id(o) for o in chain.pointwise} if convolve and chain.runs_sparse else set()
+    running = {id(o) for o in chain.running} if convolve else set()
     kernels = tuple(
         _kernel(graph, operator, constant, _Names(graph, layers or {}).of(operator), id(operator) in running, target)
         for graph in graphs

@@ -102,7 +102,13 @@ def read(content: bytes) -> tuple[Graph, ...]:
     schema = _schema()
     if content[4:8] != b"TFL3":
         raise ValueError(f"Not a TF-Lite file: its identifier is {content[4:8]!r}, expected b'TFL3'.")
-    flatbuffer = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    try:
+        flatbuffer = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+        whole = flatbuffer.subgraphs is not None
+    except Exception:  # Whatever the bytes make of the generated code.
+        whole = False
+    if not whole:
+        raise ValueError(f"The TF-Lite file of {len(content):,} bytes is damaged. Copy or convert it again.")
     names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
     kinds = []
     for code in flatbuffer.operatorCodes:

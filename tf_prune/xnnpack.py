@@ -15,12 +15,19 @@ from tf_prune.tflite import Graph, Operator
 
 _CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
 _UNARY = (
-    *("ABS", "CEIL", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "RELU", "RELU6"),
-    *("RELU_N1_TO_1", "ROUND", "RSQRT", "SQRT", "SQUARE", "TANH"),
+    *("ABS", "CEIL", "COS", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "RELU"),
+    *("RELU6", "RELU_0_TO_1", "RELU_N1_TO_1", "ROUND", "RSQRT", "SIN", "SQRT", "SQUARE", "TANH"),
 )
-_ENDS = ("MEAN", "DEPTH_TO_SPACE")
+_POOLING = ("MEAN", "SUM")
+_ENDS = (*_POOLING, "DEPTH_TO_SPACE")
+# XNNPACK does not take these, so that a part before them has no end of its own and stays dense (measured).
+_NOT_TAKEN = (
+    *("BATCH_TO_SPACE_ND", "EXPAND_DIMS", "LOG", "REDUCE_MAX", "RESIZE_NEAREST_NEIGHBOR", "SIGN", "SPACE_TO_BATCH_ND"),
+    *("TILE",),
+)
 _SAME = 0
-_SYMMETRIC = "put ZeroPadding2D({}) before it and set its padding to 'valid'; make_ready does so"
+BY_MAKE_READY = "; make_ready does so"
+_SYMMETRIC = "put ZeroPadding2D({}) before it and set its padding to 'valid'" + BY_MAKE_READY
 _EVEN_SIZES = "an input size whose images are even before each stride, such as a multiple of 32"
 _SEPARABLE = "a depthwise 3x3 or 5x5 convolution followed by a 1x1 convolution in its place"
 
@@ -41,6 +48,7 @@ class Chain:
 
     Attributes:
         pointwise: Its 1x1 convolutions.
+        running: Those of them that run sparse, and rightly.
         findings: All that breaks it, in the order of the graph.
         num_weights: Of the 1x1 convolutions.
         zeros_missing: How many more of them must be zero, so that more than two thirds are.
@@ -48,6 +56,7 @@ class Chain:
     """
 
     pointwise: tuple[Operator, ...]
+    running: tuple[Operator, ...]
     findings: tuple[Finding, ...]
     num_weights: int
     zeros_missing: int
@@ -56,43 +65,38 @@ class Chain:
     @property
     def runs_sparse(self) -> bool:
         """Whether XNNPACK takes its sparse kernels, and computes the right outputs with them."""
-        return bool(self.pointwise) and not self.findings
+        return bool(self.running)
 
 
 def find_chain(graph: Graph) -> Chain:
     """Looks for the chain, and for everything that breaks it."""
     search = _Search(graph)
     pointwise = tuple(o for o in search.image if search.is_pointwise(o))
-    size, zeros = search.count(pointwise)
-    missing = max(0, 2 * size // 3 + 1 - zeros) if size else 0
     findings = search.findings()
     encoded = any(o.kind == "DENSIFY" for o in graph.operators)
-    wrong = search.wrong_parts() if encoded else []
+    sparse = search.sparse_parts() if encoded else []
+    wrong = [o for part in sparse for operator in part for o in search.wrong_ends(operator)]
     known = {id(finding.operator) for finding in findings}
     findings += [Finding("correctness", o, _WRONG_PART, _WHOLE_CHAIN) for o in wrong if id(o) not in known]
     if search.image and not pointwise:
         findings.append(
             Finding("operator", None, "there is no 1x1 convolution, the only kind that has sparse kernels", _SEPARABLE)
         )
-    if missing:
-        findings.append(
-            Finding(
-                "sparsity",
-                None,
-                f"{zeros / size:.2%} of the {size:,} weights of 1x1 convolutions are zero; over two thirds must be",
-                f"prune {missing:,} more of them; at 80 to 95 % it pays most",
-            )
-        )
-    elif size and not encoded:
-        findings.append(
-            Finding(
-                "encoding",
-                None,
-                "the zeros are stored as numbers, and XNNPACK looks for zeros only in files with sparse tensors",
-                "export with encoding='sparse'",
-            )
-        )
-    return Chain(pointwise, tuple(findings), size, missing, bool(wrong))
+    # XNNPACK counts for each part by itself; where none is whole, for what the chain would be.
+    missing = 0
+    for part in search.whole_parts() or [list(pointwise)]:
+        size, zeros = search.count(part)
+        lacking = max(0, 2 * size // 3 + 1 - zeros) if size else 0
+        missing += lacking
+        if lacking:
+            reason = f"{zeros / size:.2%} of the {size:,} weights of 1x1 convolutions are zero; over two thirds must be"
+            fix = f"prune {lacking:,} more of them; at 80 to 95 % it pays most"
+            findings.append(Finding("sparsity", None, reason, fix))
+    if pointwise and not missing and not encoded:
+        reason = "the zeros are stored as numbers, and XNNPACK looks for zeros only in files with sparse tensors"
+        findings.append(Finding("encoding", None, reason, "export with encoding='sparse'"))
+    running = () if wrong else tuple(o for part in sparse for o in part if search.is_pointwise(o))
+    return Chain(pointwise, running, tuple(findings), search.count(pointwise)[0], missing, bool(wrong))
 
 
 class _Search:
@@ -104,6 +108,12 @@ class _Search:
                 self._consumers.setdefault(tensor, []).append(operator)
         self.image = self._image_operators()
         self._judged = {id(operator): self._judge(operator) for operator in self.image}
+        # Operators that XNNPACK does not take split the graph into pieces, which it sees one by one.
+        self._levels: dict[int, int] = {}
+        for operator in graph.computing:
+            before = (graph.producers.get(t) for t in operator.inputs)
+            level = max((self._levels.get(id(o), 0) for o in before if o is not None), default=0)
+            self._levels[id(operator)] = level + (operator.kind in _NOT_TAKEN)
 
     def findings(self) -> list[Finding]:
         """What breaks the chain whatever the weights are."""
@@ -122,22 +132,32 @@ class _Search:
             for operator in (o for o in self.image if self._joins(o)):
                 # Where an operator breaks the chain, that is what is to be changed.
                 if not any(self._breaks(o) for t in operator.outputs for o in self._followers(t)):
-                    breaks += [Finding("correctness", o, _WRONG_END, _PLAIN_END) for o in self._wrong_ends(operator)]
+                    why = (_WRONG_END, _PLAIN_END) if self._pools_rightly(operator) else _OTHER_AXES
+                    breaks += [Finding("correctness", o, *why) for o in self.wrong_ends(operator)]
         return [*self._dtypes(), *breaks]
 
-    def wrong_parts(self) -> list[Operator]:
-        """Where parts of the chain run sparse and hand on wrong numbers.
+    def whole_parts(self) -> list[list[Operator]]:
+        """The connected parts of what joins that have 1x1 convolutions, and that nothing cuts off."""
+        return [
+            part
+            for part in self._parts()
+            if any(map(self.is_pointwise, part)) and not any(self._is_cut_off(o) for o in part)
+        ]
 
-        XNNPACK judges the parts between two breaks by themselves. One that begins with a stem, has the zeros and breaks
-        off later is taken, as long as some part of the network has an end (measured with LiteRT 2.1.2).
+    def sparse_parts(self) -> list[list[Operator]]:
+        """Those of which XNNPACK takes the sparse kernels, rightly or wrongly.
+
+        It judges the parts between two breaks by themselves. One that begins with a stem, has the zeros and breaks off
+        later is taken, too, if some part has an end, and hands on wrong numbers (measured with LiteRT 2.1.2).
         """
-        if not self._has_end() or self._dtypes():
+        if self._dtypes():
             return []
+        ends = {self._levels[id(o)] for o in self.image if o.kind in _ENDS and self._joins(o)}
         found = []
-        for part in self._parts():
-            size, zeros = self.count(o for o in part if self.is_pointwise(o))
-            if 3 * zeros > 2 * size and not any(self._is_cut_off(o) for o in part):
-                found += [o for operator in part for o in self._wrong_ends(operator)]
+        for part in self.whole_parts():
+            size, zeros = self.count(part)
+            if 3 * zeros > 2 * size and self._levels[id(part[0])] in ends:
+                found.append(part)
         return found
 
     def is_pointwise(self, operator: Operator) -> bool:
@@ -145,8 +165,8 @@ class _Search:
         return operator.kind == "CONV_2D" and self.kernel_size(operator) == (1, 1)
 
     def count(self, operators: Iterable[Operator]) -> tuple[int, int]:
-        """How many weights their kernels have, and how many are zero."""
-        kernels = [self.graph.constant(o.inputs[1]) for o in operators]
+        """How many weights the 1x1 kernels among them have, and how many are zero."""
+        kernels = [self.graph.constant(o.inputs[1]) for o in operators if self.is_pointwise(o)]
         values = [kernel.values for kernel in kernels if kernel is not None]
         return sum(array.size for array in values), sum(int((array == 0).sum()) for array in values)
 
@@ -188,16 +208,18 @@ class _Search:
                 return True
         return False
 
-    def _wrong_ends(self, operator: Operator) -> list[Operator]:
+    def wrong_ends(self, operator: Operator) -> list[Operator]:
         """Where the chain ends in something else than a mean or plain values, which XNNPACK computes wrongly.
 
         Measured with LiteRT 2.1.2 on emulated aarch64: a tensor that leaves the chain with the axes of an image has
         wrong shapes or numbers, or the file does not load. A mean without these axes is right, and so is a reshape.
         """
         (output,) = operator.outputs
+        if not self._pools_rightly(operator):
+            return [operator]
         if len(self.graph.tensors[output].shape) != 4 or self._joining(output) or operator.kind == "DEPTH_TO_SPACE":
             return []
-        if operator.kind == "MEAN" and output not in self.graph.outputs:
+        if operator.kind in _POOLING and output not in self.graph.outputs:
             return [o for o in self._followers(output) if o.kind not in ("RESHAPE", "SHAPE", "SQUEEZE")]
         return [operator]
 
@@ -310,22 +332,27 @@ class _Search:
         kind = operator.kind
         if kind in ("CONV_2D", "DEPTHWISE_CONV_2D"):
             return self._judge_convolution(operator)
-        if kind == "MEAN":
-            axes = self.graph.constant(operator.inputs[1])
-            if axes is not None and sorted(axes.values.ravel().tolist()) == [1, 2]:
-                return None
-            return "a mean over other axes than height and width", "GlobalAveragePooling2D in its place"
+        if kind in _POOLING and self._ranks(operator)[0] == 4:
+            return None  # XNNPACK takes it whatever its axes are, and is wrong with others than height and width.
         if kind in ("ADD", "MUL"):
             return self._judge_sum_or_product(operator)
         if kind == "RESIZE_BILINEAR":
             if min(self.graph.tensors[operator.inputs[0]].shape[1:3]) > 1:
                 return None
             return "a single row or column is resized", "resize larger images"
+        if kind in ("MINIMUM", "MAXIMUM") and any(self.graph.constant(t) is not None for t in operator.inputs):
+            return None  # It clips.
         if kind == "DEPTH_TO_SPACE" or (kind in _UNARY and self._ranks(operator) == [4]):
             return None
         return _OTHERS.get(
             kind, (f"{kind} is not among the operators that join", "leave it out, or put it behind the end")
         )
+
+    def _pools_rightly(self, operator: Operator) -> bool:
+        if operator.kind not in _POOLING:
+            return True
+        axes = self.graph.constant(operator.inputs[1])
+        return axes is not None and sorted((axes.values.ravel() % 4).tolist()) == [1, 2]
 
     def _ranks(self, operator: Operator) -> list[int]:
         return [len(self.graph.tensors[t].shape) for t in operator.inputs]
@@ -385,6 +412,8 @@ class _Search:
         return any(before is other for other in self.image)
 
     def _judge_sum_or_product(self, operator: Operator) -> tuple[str, str] | None:
+        if operator.kind == "ADD" and operator.inputs[0] == operator.inputs[1]:
+            return "a tensor is added to itself", "multiply it by 2 in the convolution before it"
         shapes = [self.graph.tensors[t].shape for t in operator.inputs]
         constants = [self.graph.constant(t) is not None for t in operator.inputs]
         # XNNPACK judges a constant on the right by the shape of what it is combined with.
@@ -394,7 +423,7 @@ class _Search:
         if any(len(shape) != 4 for shape in shapes):
             what = "a constant" if any(constants) else "a tensor"
             ranks = " and ".join(str(len(shape)) for shape in shapes)
-            fix = "give it four axes; make_ready does so" if any(constants) else "keep all four axes (keepdims=True)"
+            fix = "give it four axes" + BY_MAKE_READY if any(constants) else "keep all four axes (keepdims=True)"
             return f"{what} without the four axes of an image (axes: {ranks})", fix
         return None
 
@@ -406,8 +435,10 @@ _NO_STEM = (
 _WRONG_PART = "XNNPACK runs the part of the chain up to here sparse, and hands on wrong numbers"
 _WHOLE_CHAIN = "mend what is in the way behind it, or export with encoding='dense'"
 _WRONG_END = "the chain would end here in a tensor with the axes of an image, which XNNPACK computes wrongly"
-_PLAIN_END = (
-    "GlobalAveragePooling2D(keepdims=False) before it, and Reshape behind that where need be; make_ready does so"
+_PLAIN_END = "GlobalAveragePooling2D(keepdims=False) before it, and Reshape behind that where need be" + BY_MAKE_READY
+_OTHER_AXES = (
+    "it pools other axes than height and width; XNNPACK does not load the sparse file, or computes wrongly",
+    "GlobalAveragePooling2D in its place",
 )
 _MOBILE = "a strided depthwise convolution in its place"
 _OTHERS = {
@@ -416,7 +447,7 @@ _OTHERS = {
     "CONCATENATION": ("concatenation does not join", "Add in its place"),
     "RESHAPE": (
         "reshaping does not join",
-        "GlobalAveragePooling2D(keepdims=True) where it follows one; make_ready does so",
+        "GlobalAveragePooling2D(keepdims=True) where it follows one" + BY_MAKE_READY,
     ),
     "TRANSPOSE_CONV": ("a transposed convolution does not join", "bilinear UpSampling2D and separable convolutions"),
     "RESIZE_NEAREST_NEIGHBOR": ("nearest-neighbour resizing does not join", "interpolation='bilinear'"),

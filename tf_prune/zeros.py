@@ -49,11 +49,12 @@ def zeros_in_file(arrays: dict[str, np.ndarray], content: bytes) -> tuple[LayerS
 def _find(kernel: np.ndarray, patterns: list[np.ndarray]) -> int | None:
     """Which pattern is this kernel's with its axes in another order, zeros staying zeros.
 
-    Axes of size 1 come and go in conversion; a depthwise kernel's two last axes become one.
+    Axes of size 1 come and go in conversion; a depthwise kernel's two last axes become one, and so do the first of an
+    attention's output.
     """
     forms = [np.squeeze(kernel)]
     if kernel.ndim > 2:
-        forms.append(np.squeeze(kernel.reshape(*kernel.shape[:-2], -1)))
+        forms += [np.squeeze(kernel.reshape(*kernel.shape[:-2], -1)), kernel.reshape(-1, kernel.shape[-1])]
     best: tuple[int, int] | None = None
     for i, pattern in enumerate(map(np.squeeze, patterns)):
         for form in forms:
