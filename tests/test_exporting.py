@@ -12,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 import tf_prune
 from tests import helpers
-from tf_prune import exporting, sources, tflite
+from tf_prune import exporting, sources, sweep, tflite
 
 
 def pruned(name="conv_bn", sparsity=0.7, method="snip"):
@@ -460,7 +460,7 @@ def test_a_sweep_keeps_the_pattern_of_blocks(tmp_path):
     tf_prune.prune(model, "magnitude", 0.75, structure="1x4", filters=model.layers[0].name, verbose=0)
     variables = {"kernel": model.layers[0].kernel}
     before = np.array(keras.ops.convert_to_numpy(model.layers[0].kernel))
-    with exporting._at_sparsity(variables, 0.5):
+    with sweep.at_sparsity(variables, 0.5):
         blocks = np.asarray(model.layers[0].kernel).reshape(-1, 4, 64) != 0
         assert (blocks == 0).mean() == 0.5
         assert (blocks.any(1) == blocks.all(1)).mean() > 0.99
@@ -639,7 +639,7 @@ def test_weights_come_back_from_a_sweep_whatever_is_interrupted(monkeypatch):
     honest = keras.Variable.assign
     with monkeypatch.context() as patch:
         patch.setattr(keras.Variable, "assign", interrupted)
-        with pytest.raises(KeyboardInterrupt), exporting._at_sparsity(variables, 0.5):
+        with pytest.raises(KeyboardInterrupt), sweep.at_sparsity(variables, 0.5):
             pass
     assert len(calls) >= 6
     helpers.assert_same_state(before, model)

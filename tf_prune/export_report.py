@@ -205,7 +205,7 @@ def draw_sizes(file: str | os.PathLike[str], report: ExportReport) -> bool:
         for point in report._here():
             if point.encoding == report.encoding and value(point):
                 axes.plot(point.sparsity, value(point), "o", ms=12, mfc="none", mec="#c0392b", label="this model")
-        axes.set(xlabel="sparsity", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="sparsity", ylabel=label, ylim=(0, 1.15 * axes.get_ylim()[1]))
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120)

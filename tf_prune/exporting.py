@@ -16,7 +16,6 @@ import numpy as np
 from tf_prune.batches import Batches
 from tf_prune.conversion import DTYPES, ENCODINGS, convert
 from tf_prune.export_report import ExportReport, Point, draw_sizes
-from tf_prune.masks import masks_from_scores
 from tf_prune.parity import (
     TOLERANCES,
     Arrays,
@@ -32,6 +31,7 @@ from tf_prune.prunable import check_model
 from tf_prune.scopes import check_sparsity
 from tf_prune.sources import KerasSource, SavedModelSource
 from tf_prune.sparse_inference import TARGETS, explain_graphs, why_wrong
+from tf_prune.sweep import at_sparsity
 from tf_prune.tflite import read
 from tf_prune.zeros import zeros_in_file
 
@@ -147,10 +147,7 @@ def export(
             agreement=parity.agreement,
             machine=platform.machine(),
             refused=refused,
-            points=(
-                *_points(_sparsity(source.kernels), files, models, one),
-                *_sweep(source, sweep, files_of, one, flex),
-            ),
+            points=_points([(_sparsity(source.kernels), files), *_sweep(source, sweep, files_of)], one, flex),
             explanations=tuple(explain_graphs(graphs, target, source.layers) for target in TARGETS),
         )
         (work / "model.tflite").write_bytes(files[kept])
@@ -265,51 +262,26 @@ def _sparsity(kernels: dict[str, np.ndarray]) -> float:
     return sum(int((kernel == 0).sum()) for kernel in kernels.values()) / total if total else 0.0
 
 
-def _points(sparsity: float, files: dict[str, bytes], models: dict[str, LiteRTModel], one: Arrays) -> list[Point]:
-    times = latencies(models, one)
-    return [Point(sparsity, name, len(content), times.get(name)) for name, content in files.items()]
-
-
 def _sweep(
-    source: Any, sparsities: Sequence[float], files_of: Callable[[Path], dict[str, bytes]], one: Arrays, flex: bool
-) -> Iterator[Point]:
-    """Size and latency with other fractions of zeros."""
+    source: Any, sparsities: Sequence[float], files_of: Callable[[Path], dict[str, bytes]]
+) -> Iterator[tuple[float, dict[str, bytes]]]:
+    """The files with other fractions of zeros."""
     for sparsity in sparsities:
-        with _at_sparsity(source.variables, sparsity), tempfile.TemporaryDirectory() as folder:
+        with at_sparsity(source.variables, sparsity), tempfile.TemporaryDirectory() as folder:
             files = files_of(Path(folder) / "saved_model")
             actual = _sparsity(source.kernels)
-        yield from _points(actual, files, _usable(files, one, flex)[0], one)
+        yield actual, files
 
 
-@contextlib.contextmanager
-def _at_sparsity(variables: dict[str, keras.Variable], sparsity: float) -> Iterator[None]:
-    """Gives each kernel this fraction of zeros for a while: fewer by random weights, more by zeroing the smallest."""
-    before = {path: np.array(keras.ops.convert_to_numpy(variable)) for path, variable in variables.items()}
-    generator = np.random.default_rng(0)
-    filled = {}
-    for path, kernel in before.items():
-        scale = kernel.std() or 1.0
-        filled[path] = np.where(kernel == 0, scale * generator.standard_normal(kernel.shape), kernel)
-    scores = {path: _blockwise(np.abs(filled[path]), before[path]) for path in before}
-    masks = masks_from_scores(scores, sparsity, "layerwise")
-    with contextlib.ExitStack() as stack:
-        # Each one comes back whatever happens to others; and twice, since an interruption may hit one.
-        for path, variable in [*variables.items()] * 2:
-            stack.callback(variable.assign, before[path])
-        for path, variable in variables.items():
-            variable.assign(filled[path] * masks[path])
-        yield
-
-
-def _blockwise(scores: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """The scores, shared within blocks of inputs if the kernel is zero in such blocks."""
-    for size in (16, 4):
-        if kernel.ndim == 2 and kernel.shape[0] % size == 0 and not kernel.all():
-            blocks = kernel.reshape(-1, size, kernel.shape[1]) != 0
-            if (blocks.any(1) == blocks.all(1)).all():
-                means = scores.reshape(blocks.shape).mean(1)
-                return np.repeat(means, size, axis=0)
-    return scores
+def _points(swept: list[tuple[float, dict[str, bytes]]], one: Arrays, flex: bool) -> tuple[Point, ...]:
+    """Size and latency of all files; their latencies are measured in turn, so that a drift falls on all alike."""
+    runnable = {(i, name): m for i, (_, files) in enumerate(swept) for name, m in _usable(files, one, flex)[0].items()}
+    times = latencies(runnable, one)
+    return tuple(
+        Point(sparsity, name, len(content), times.get((i, name)))
+        for i, (sparsity, files) in enumerate(swept)
+        for name, content in files.items()
+    )
 
 
 def _sizes(content: bytes) -> dict[str, int]:

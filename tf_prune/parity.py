@@ -170,11 +170,11 @@ def load_runnable(
     return models, refused
 
 
-def latencies(models: Mapping[str, LiteRTModel], inputs: Arrays) -> dict[str, float]:
+def latencies(models: Mapping[Any, LiteRTModel], inputs: Arrays) -> dict[Any, float]:
     """The median time of one call of each, in seconds, on this machine, called in turn so that drifts cancel."""
     if not models:
         return {}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[Any, list[float]] = {name: [] for name in models}
     for model in models.values():
         model.seconds(inputs)
     end = time.perf_counter() + _TIMED_SECONDS * len(models)
