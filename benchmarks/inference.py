@@ -101,6 +101,9 @@ def cases() -> list[Case]:
         }
         for variant, (make, values) in variants.items():
             rows += [Case(f"{name}, {variant}", make, s, pointwise=True, is_aarch64=True) for s in values]
+    rows.append(
+        Case("MobileNetV2, made ready, every kernel", lambda: make_ready(mobilenet_v2())[0], 0.9, is_aarch64=True)
+    )
     return rows
 
 
