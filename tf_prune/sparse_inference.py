@@ -310,6 +310,9 @@ class _Names:
         # Of a convolution and what was folded into it, the convolution.
         kind = _WITH_KERNELS.get(operator.kind, "")
         own = [name for name in known if kind in self._layers[name]]
+        if not known and kind and len(self._graph.outputs) == 1 and names[0].startswith("StatefulPartitionedCall"):
+            # The last operator bears the output's name, and older converters keep no trace of its layer.
+            own = [name for name, layer in self._layers.items() if kind in layer][-1:]
         return (own or known or names)[0]
 
 
