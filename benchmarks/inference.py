@@ -232,10 +232,15 @@ def row(case: Case, result: dict[str, Any]) -> tuple[str, ...]:
 def table(results: dict[Case, dict[str, Any]]) -> str:
     """In Markdown: a row for each case that has a result."""
     columns = ("model", "zeros", "batch", "on", "dense", "sparse", "times as fast (quartiles)", "file, ratio")
+    return markdown(columns, (row(case, result) for case, result in results.items()))
+
+
+def markdown(columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table to be pasted into a page."""
     shown = Table(*columns, box=rich.box.MARKDOWN)
-    for case, result in results.items():
-        shown.add_row(*row(case, result))
-    console = Console(width=200)
+    for cells in rows:
+        shown.add_row(*cells)
+    console = Console(width=260)
     with console.capture() as capture:
         console.print(shown)
     return capture.get().strip()

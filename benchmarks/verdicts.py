@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import rich.box
 import tensorflow as tf
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import inference
 from benchmarks.image_nets import NETS
@@ -69,13 +66,8 @@ def agrees(case: inference.Case, result: dict[str, Any]) -> bool:
 
 def table(results: dict[inference.Case, dict[str, Any]]) -> str:
     """In Markdown."""
-    shown = Table(*("network", "explain says", "in the way", "times as fast", "agrees"), box=rich.box.MARKDOWN)
-    for case, result in results.items():
-        shown.add_row(*row(case, result))
-    console = Console(width=260)
-    with console.capture() as capture:
-        console.print(shown)
-    return capture.get().strip()
+    columns = ("network", "explain says", "in the way", "times as fast", "agrees")
+    return inference.markdown(columns, (row(case, result) for case, result in results.items()))
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ class Graph:
             operator = self.producers.get(operator.inputs[0])
         return False
 
-    @property
+    @functools.cached_property
     def computing(self) -> tuple[Operator, ...]:
         """The operators that depend on the inputs."""
         return tuple(

@@ -62,11 +62,6 @@ class Chain:
     zeros_missing: int
     is_wrong: bool
 
-    @property
-    def runs_sparse(self) -> bool:
-        """Whether XNNPACK takes its sparse kernels, and computes the right outputs with them."""
-        return bool(self.running)
-
 
 def find_chain(graph: Graph) -> Chain:
     """Looks for the chain, and for everything that breaks it."""
