@@ -16,7 +16,7 @@ from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.layers import Masked
 from tf_prune.prunable import check_model, find_kernels
 from tf_prune.sparse_inference import Obstacle, explain
-from tf_prune.xnnpack import BY_MAKE_READY
+from tf_prune.xnnpack_operators import BY_MAKE_READY
 
 _SPARSITY_ITSELF = ("sparsity", "encoding", "blocks")
 
