@@ -29,8 +29,9 @@ from tf_prune.criteria import SquaredGradient as SquaredGradient
 from tf_prune.criteria import SynapticFlow as SynapticFlow
 from tf_prune.enforcement import apply_masks as apply_masks
 from tf_prune.enforcement import mask_gradients as mask_gradients
-from tf_prune.enforcement import masks_of as masks_of
 from tf_prune.enforcement import remove_masks as remove_masks
+from tf_prune.enforcement import rewind as rewind
+from tf_prune.evidence import masks_of as masks_of
 from tf_prune.export_report import ExportReport as ExportReport
 from tf_prune.exporting import export as export
 from tf_prune.gradual import GradualPruning as GradualPruning

@@ -10,7 +10,8 @@ import keras
 
 from tf_prune.batches import Batches
 from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
-from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.enforcement import apply_masks
+from tf_prune.evidence import mask_again, masks_of, sparsity_of_model
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
 from tf_prune.prunable import Filters, find_prunable
@@ -23,24 +24,36 @@ class HoldMasks(keras.callbacks.Callback):
     """Masks the weights again after each epoch and at the end, and tells the sparsities in the logs.
 
     The masks hold in each step by themselves. Only what sets weights from outside in between is put right here, such as
-    a callback that restores the best ones, wherever it is in the list. The logs get `sparsity`, and `sparsity/<path>`
-    for each kernel, which callbacks that come later in the list, the progress bar and the history show.
+    a callback that restores the best ones, wherever it is in the list; if those were denser, a warning says so.
+
+    The logs get `sparsity`, the fraction of the weights of all the model's kernels (everything with two axes or more,
+    embeddings and layers that are not pruned included) that is pruned and zero in what the layers multiply by; and
+    `sparsity/<path>` for each kernel that has a mask. Callbacks that come later in the list, the progress bar and the
+    history show them.
     """
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Masks the weights, and writes the sparsities to the logs."""
         masks = self._hold()
         if logs is not None:
-            logs["sparsity"] = masks.sparsity
-            logs.update({f"sparsity/{path}": 1.0 - float(mask.mean()) for path, mask in masks.items()})
+            logs["sparsity"], of_each = sparsity_of_model(self.model, masks)
+            logs.update({f"sparsity/{path}": sparsity for path, sparsity in of_each.items()})
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Masks the weights, now and after the callbacks that come later."""
         self._hold()
-        if self.model.history is not None:
-            self.model.history.on_train_end = lambda logs=None: self._hold()  # the last that Keras calls
+        history = self.model.history
+        if history is not None and "on_train_end" not in vars(history):
+
+            def hold_at_last(logs: dict[str, Any] | None = None) -> None:
+                del history.on_train_end  # nothing of ours stays behind
+                history.on_train_end(logs)
+                self._hold()
+
+            history.on_train_end = hold_at_last  # the last that Keras calls
 
     def _hold(self) -> Masks:
+        mask_again(self.model)
         masks = masks_of(self.model)
         if masks:
             apply_masks(self.model, masks)
@@ -112,7 +125,8 @@ class PruneBeforeTraining(PruningCallback):
 
     By then all callbacks have done what they do at the beginning of `fit`: weights that one of them brings back from a
     run that was interrupted bring their masks along, and are not pruned again. Nor does a second `fit` of the same
-    model prune again; another model is pruned anew.
+    model prune again, unless kernels can be pruned by then that could not before, because their layers were frozen;
+    another model is pruned anew.
 
     Args:
         method: As in `tf_prune.prune`.
@@ -128,7 +142,7 @@ class PruneBeforeTraining(PruningCallback):
     def __init__(self, method: Method, sparsity: float, data: Any = None, loss: Any = None, **options: Any):
         super().__init__(method, data, loss, **options)
         self.sparsity = check_sparsity(sparsity)
-        self._pruned: Callable[[], Any] = lambda: None
+        self._pruned: tuple[Callable[[], Any], list[str]] = (lambda: None, [])
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Prunes, the first time."""
@@ -140,9 +154,11 @@ class PruneBeforeTraining(PruningCallback):
         super().on_train_end(logs)
 
     def _prune_once(self) -> None:
-        if self._pruned() is not self.model:
-            self.report = self._pruner().prune(self.sparsity, self.verbose)
-            self._pruned = weakref.ref(self.model)
+        model, paths = self._pruned
+        if model() is not self.model or paths != list(self._pruner().variables):
+            pruner = self._pruner()
+            self.report = pruner.prune(self.sparsity, self.verbose)
+            self._pruned = weakref.ref(self.model), list(pruner.variables)
 
 
 class FreezeSparsity(HoldMasks):

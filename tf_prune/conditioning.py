@@ -11,11 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.enforcement import apply_masks, fitted, masks_of
+from tf_prune.enforcement import apply_masks
+from tf_prune.evidence import masks_of
 from tf_prune.initializers import INITIALIZERS
 from tf_prune.isometry import LayerGain, MaskedIsometry
 from tf_prune.masks import Masks
-from tf_prune.prunable import TRANSPOSED, Filters, find_kernels, find_prunable
+from tf_prune.matching import fitted
+from tf_prune.prunable import TRANSPOSED, Filters, find_prunable
 from tf_prune.structures import Layout
 
 
@@ -155,7 +157,7 @@ def condition(
     if not (isinstance(max_iterations, int) and max_iterations > 0):
         raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}.")
     survey = find_prunable(model)
-    masks = masks_of(model) if masks is None else fitted(find_kernels(model), Masks(masks))
+    masks = masks_of(model) if masks is None else fitted(model, Masks(masks))
     chosen = {path: masks[path] for path in survey.prunable if path in masks}
     if not chosen:
         raise ValueError(

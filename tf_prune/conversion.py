@@ -18,6 +18,13 @@ _EXPORTED = "serving_default"
 _FIXED_BATCH = "fixed_batch"
 
 
+# Of layers that Keras has quantized.
+NOT_IN_TFLITE = (
+    "TF-Lite has no operators for what those compute",
+    'Export the model before model.quantize, with dtype="int8" for integers, which TF-Lite quantizes by itself.',
+)
+
+
 class ConversionError(ValueError):
     """TensorFlow's converter cannot make a TF-Lite file of this model."""
 

@@ -1,28 +1,30 @@
 """The one place where a mask is held during training.
 
-Keras applies `variable.constraint` inside the optimizer's step, right after the update. Here that
-constraint sets pruned weights to zero, so that every step, every checkpoint and every export has them
-exactly zero, under any optimizer.
+Keras applies `variable.constraint` inside the optimizer's step, right after the update. Here that constraint sets
+pruned weights to zero, so that every step, every checkpoint and every export has them exactly zero, under any
+optimizer. And where a step begins the optimizer is handed masked gradients, so that it takes the step of the sparse
+network: what would move a pruned weight counts in no norm, no momentum and no average.
 
 The zero of a pruned weight is -0.0, and a kept weight is never -0.0. No random initializer draws -0.0, so the weights
 alone, in whatever file they were, tell the mask that they had; files stay plain Keras files.
 """
 
-import sys
-import types
+import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from tf_prune.effective import is_quantized_kernel, multiplied
 from tf_prune.masks import Masks
-from tf_prune.prunable import check_model, find_kernels
+from tf_prune.matching import fitted
+from tf_prune.prunable import check_model, owners_of, weights_by_path
 
 
 class MaskConstraint(keras.constraints.Constraint):
-    """Applies the user's own constraint and then zeroes the pruned weights, and their moving average.
+    """Applies the user's own constraint and then zeroes the pruned weights.
 
     Args:
         variable: The weights; their own constraint is kept inside.
@@ -30,6 +32,7 @@ class MaskConstraint(keras.constraints.Constraint):
     """
 
     def __init__(self, variable: keras.Variable, mask: keras.Variable | None = None):
+        _meet_steps()
         self.inner: Callable[[Any], Any] | None = variable.constraint
         self.is_weight = mask is not None
         # A boolean takes a quarter of a float32's memory, and where() gives no NaN.
@@ -42,9 +45,6 @@ class MaskConstraint(keras.constraints.Constraint):
 
     def __call__(self, value: Any) -> Any:
         """The constrained weights, as Keras asks for them after each update."""
-        # Keras passes the variable itself, whose moving average has just been updated with unmasked weights.
-        for average in _moving_averages(_calling_optimizer(), value):
-            average.assign(self.masked(average))
         return self.masked(value if self.inner is None else self.inner(value))
 
     def masked(self, value: Any) -> Any:
@@ -56,98 +56,182 @@ class MaskConstraint(keras.constraints.Constraint):
             keras.ops.cast(self.mask, "bool"), value + keras.ops.cast(self._zero, value.dtype), pruned
         )
 
+    def masked_gradient(self, gradient: Any) -> Any:
+        """0 where the mask is `False`: the one place that sees the gradient of all weights in training."""
+        gradient = keras.ops.convert_to_tensor(gradient)
+        return keras.ops.where(keras.ops.cast(self.mask, "bool"), gradient, keras.ops.zeros_like(gradient))
 
-def _calling_optimizer() -> Any:
-    """The optimizer in whose step this constraint is called; Keras does not say, and it need not be the model's.
 
-    Runs while a step is traced, not in each step.
+def mask_held(variable: Any) -> MaskConstraint | None:
+    """What holds the mask of this variable, if it has one."""
+    constraint = getattr(variable, "constraint", None)
+    return constraint if isinstance(constraint, MaskConstraint) else None
+
+
+# What held the masks of each layer, by the variable's name: `quantize` replaces the variable, and the zeros stay.
+_remembered: weakref.WeakKeyDictionary[keras.Layer, dict[str, MaskConstraint]] = weakref.WeakKeyDictionary()
+_released: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+
+
+def hold(layer: keras.Layer | None, variable: keras.Variable, mask: keras.Variable | None = None) -> None:
+    """Makes this variable have a mask, that of a variable of somebody else's or one of ones."""
+    variable.constraint = MaskConstraint(variable, mask)
+    if layer is not None:
+        _remembered.setdefault(layer, {})[variable.name] = variable.constraint
+
+
+def mask_remembered(layer: keras.Layer, name: str) -> MaskConstraint | None:
+    """What held the mask of the layer's variable of this name, as long as masks were not removed."""
+    return _remembered.get(layer, {}).get(name)
+
+
+# -- where a step begins and ends ---------------------------------------------------------------------
+
+
+def _meet_steps() -> None:
+    """From the first mask on, every optimizer of Keras is given masked gradients; Keras has no hook before a step.
+
+    An optimizer with an `apply` of its own comes to this one in the end, and may do more before and after. In `fit`,
+    and wherever it is called by `apply_gradients`, it is met there as well, and what it wrote is masked.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), keras.optimizers.Optimizer):
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None
+    optimizer = keras.optimizers.Optimizer
+    if hasattr(optimizer.apply, "masks_gradients"):
+        return
+    apply, apply_gradients = optimizer.apply, optimizer.apply_gradients
+
+    @functools.wraps(apply)
+    def masked_apply(self: Any, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        variables = getattr(self, "_trainable_variables", ()) if trainable_variables is None else trainable_variables
+        variables = list(variables)
+        if len(variables) == len(grads) and any(map(mask_held, variables)):
+            grads = _masked_gradients(grads, variables)
+        apply(self, grads, trainable_variables if trainable_variables is None else variables)
+        _mask_averages(self)  # recorded before the constraint, of what an update like Muon's makes of all weights
+
+    @functools.wraps(apply_gradients)
+    def masked_apply_gradients(self: Any, grads_and_vars: Any) -> Any:
+        pairs = list(grads_and_vars)
+        held = [variable for _, variable in pairs if mask_held(variable)]
+        if not held or type(self).apply is masked_apply:
+            return apply_gradients(self, pairs)
+        gradients, variables = zip(*pairs, strict=True)
+        result = apply_gradients(self, list(zip(_masked_gradients(gradients, variables), variables, strict=True)))
+        if not type(self).apply.__module__.startswith("keras."):
+            for variable in held:
+                variable.assign(variable.constraint.masked(variable))
+        return result
+
+    masked_apply.masks_gradients = True  # type: ignore[attr-defined]
+    optimizer.apply, optimizer.apply_gradients = masked_apply, masked_apply_gradients
 
 
-def _moving_averages(optimizer: Any, variable: Any) -> list[keras.Variable]:
-    """The averages that `use_ema=True` keeps of this variable and writes back at the end of `fit`, if there are any."""
-    inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", [])]
-    found = [average for one in inner if one is not None for average in _moving_averages(one, variable)]
+def _masked_gradients(gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    held = map(mask_held, variables)
+    return [
+        g if g is None or constraint is None else constraint.masked_gradient(g)
+        for g, constraint in zip(gradients, held, strict=True)
+    ]
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """The optimizer, and those that it hands its work on to."""
+    if optimizer is not None:
+        yield optimizer
+        for inner in (getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())):
+            yield from _parts(inner)
+
+
+def _averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
+    """The weights and the averages that `use_ema=True` keeps of them and writes back at the end of `fit`."""
     if not getattr(optimizer, "use_ema", False) or not optimizer.built:
-        return found
-    averages = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True)
-    return found + [average for known, average in averages if known is variable and average is not None]
+        return []
+    pairs = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True)
+    return [(variable, average) for variable, average in pairs if average is not None]
 
 
-def fitted(variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The masks under this model's own paths; raises if they do not fit.
+def _mask_averages(optimizer: Any) -> None:
+    for variable, average in _averages(optimizer):
+        constraint = mask_held(variable)
+        if constraint is not None:
+            average.assign(constraint.masked(average))
 
-    Keras names variables anew when a model is built again or loaded: `mlp/hidden/kernel` comes back as `hidden/kernel`.
-    So masks of all the model's kernels also fit if they have the kernels' own names and shapes, one by one in order.
-    """
 
-    def form(path: str, shape: Iterable[int]) -> tuple[str, tuple[int, ...]]:
-        return path.rsplit("/", 1)[-1].split("@")[0], tuple(shape)
+def _slots(optimizer: Any, variable: keras.Variable) -> Iterator[keras.Variable]:
+    """What the optimizer keeps for this variable, one value for each weight: momentum, averages, copies, gradients."""
+    for part in _parts(optimizer):
+        known = getattr(part, "_trainable_variables", ()) if part.built else ()
+        lists = [slots for slots in vars(part).values() if isinstance(slots, list) and len(slots) == len(known)]
+        for index in [i for i, one in enumerate(known) if one is variable]:
+            for slot in (slots[index] for slots in lists):
+                if isinstance(slot, keras.Variable) and slot is not variable and slot.shape == variable.shape:
+                    yield slot
 
-    unknown = [path for path in masks if path not in variables]
-    if unknown:
-        # Tables of embeddings, and biases, are among the masks only if they were asked for.
-        for left_out in ((), ("embeddings",), ("bias",), ("embeddings", "bias")):
-            kernels = [path for path in variables if form(path, ())[0] not in left_out]
-            if [form(p, variables[p].shape) for p in kernels] == [form(p, mask.shape) for p, mask in masks.items()]:
-                return dict(zip(kernels, masks.values(), strict=True))
-        raise ValueError(
-            f"The masks name {unknown[0]!r}, which is not a prunable variable of this model. "
-            f"It has: {', '.join(variables)}."
-        )
-    for path, mask in masks.items():
-        if mask.shape != tuple(variables[path].shape):
-            raise ValueError(
-                f"The mask of {path!r} has shape {mask.shape}, but the variable has {tuple(variables[path].shape)}."
-            )
-    return dict(masks)
+
+# -- masks that come and go ---------------------------------------------------------------------------
 
 
 def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     """Zeroes the pruned weights and keeps them zero in everything that trains the model from here on.
 
-    `weight <- where(mask, weight, 0)`, now and after each step of the optimizer. The user's own constraint still
-    applies, before the mask. A mask that the variable already has is replaced; weights of variables that `masks`
-    does not name are left alone. Works before and after `compile`, and after a first `fit`. Masks of a model that was
-    built again or loaded, whose paths Keras may have changed, are matched in model order. Pruned weights become -0.0,
-    from which `masks_of` knows them again after saving and loading.
+    `weight <- where(mask, weight, 0)`, now and after each step of the optimizer, and `gradient <- where(mask, gradient,
+    0)` before it: the step is that of the sparse network, also where the gradient's norm is clipped. What the model's
+    optimizer keeps for pruned weights (momentum, averages) is cleared. The user's own constraint still applies, before
+    the mask. A mask that the variable already has is replaced; weights of variables that `masks` does not name are left
+    alone. Works before and after `compile`, and after a first `fit`. Masks of a model that was built again or loaded,
+    whose paths Keras may have changed, are matched by the names that layers were given, and in model order where they
+    were given none. Pruned weights become -0.0, from which `masks_of` knows them again after saving and loading.
+
+    From the first mask on, all optimizers of Keras mask gradients so, in `fit` and in loops of one's own that call
+    `optimizer.apply` or `apply_gradients`. What a loop does with gradients before that, such as clipping, it does with
+    dense ones: use `mask_gradients` there.
 
     Args:
         model: A built `keras.Model`: the one that is trained, if it has others inside. A train function that an outer
-            model traced in an earlier `fit`, and a step of one's own that was traced before, are not made anew.
-        masks: `Masks`, or a mapping of `variable.path` to boolean array.
+            model traced in an earlier `fit`, and a step of one's own that was traced before, are not made anew;
+            `masks_of` says so when their masks do not hold.
+        masks: `Masks`, or a mapping of `variable.path` to boolean array, of any float weights of the model.
 
     Raises:
         ValueError: If a key or a shape does not fit; nothing is changed then.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-    >>> path, _ = find_kernels(model)  # kernel and bias
+    >>> path = model.layers[0].kernel.path
     >>> apply_masks(model, {path: np.array([[True, False], [False, False]])})
+    >>> from tf_prune import masks_of
     >>> masks_of(model).num_kept
     1
     """
     check_model(model)
-    variables = find_kernels(model)
+    new = fitted(model, masks if isinstance(masks, Masks) else Masks(masks))
+    variables, owners = weights_by_path(model), owners_of(model)
     is_new = False
-    for path, mask in fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
-        variable = variables[path]
-        if not isinstance(variable.constraint, MaskConstraint):
+    for path in _check_quantized(owners, {path: variables[path] for path in new}, new):
+        variable, mask = variables[path], new[path]
+        if mask_held(variable) is None:
             with model.distribute_strategy.scope():  # a mask on each device that has the weights
-                variable.constraint = MaskConstraint(variable)
+                hold(owners.get(id(variable)), variable)
         constraint = variable.constraint
         is_new = is_new or model not in constraint.models
         constraint.models.add(model)
         constraint.mask.assign(mask)
-        for value in (variable, *_moving_averages(getattr(model, "optimizer", None), variable)):
+        for value in (variable, *_slots(getattr(model, "optimizer", None), variable)):
             value.assign(constraint.masked(value))
     if is_new:
         _retrace(model)
+
+
+def _check_quantized(
+    owners: Mapping[int, keras.Layer], variables: Mapping[str, keras.Variable], masks: Mapping[str, np.ndarray]
+) -> list[str]:
+    """The paths but for those of quantized kernels, which are not trained and so keep the zeros that they have."""
+    quantized = {p: owners[id(v)] for p, v in variables.items() if is_quantized_kernel(owners.get(id(v)), v)}
+    for path, layer in quantized.items():
+        if multiplied(layer, variables[path])[~masks[path]].any():
+            raise ValueError(
+                f"The kernel {path!r} is quantized to {layer.quantization_mode}, and the mask prunes integers of it "
+                "that are not zero. Prune the model before model.quantize: its zeros stay zero."
+            )
+    return [path for path in masks if path not in quantized]
 
 
 def remove_masks(model: keras.Model) -> None:
@@ -157,61 +241,79 @@ def remove_masks(model: keras.Model) -> None:
         model: A built `keras.Model`, with or without masks.
     """
     check_model(model)
-    for variable in find_kernels(model).values():
-        constraint = variable.constraint
-        if isinstance(constraint, MaskConstraint):
+    for variable in weights_by_path(model).values():
+        constraint = mask_held(variable)
+        if constraint is not None:
             constraint.mask.assign(keras.ops.ones_like(constraint.mask))
-            for value in (variable, *_moving_averages(getattr(model, "optimizer", None), variable)):
+            for value in (variable, *_slots(getattr(model, "optimizer", None), variable)):
                 value.assign(constraint.masked(value))  # 0.0: nothing says any more that it was pruned
             if not constraint.is_weight:
                 variable.constraint = constraint.inner
-        elif _is_pruned(np.asarray(variable)).any():
-            variable.assign(np.where(_is_pruned(np.asarray(variable)), 0.0, np.asarray(variable)))
+        elif keras.backend.is_float_dtype(variable.dtype):
+            weights = np.asarray(variable)
+            if is_pruned(weights).any():
+                variable.assign(np.where(is_pruned(weights), np.zeros((), weights.dtype), weights))
+    for layer in model._flatten_layers():
+        _remembered.pop(layer, None)
+    _released.add(model)
     _retrace(model)
 
 
-def masks_of(model: keras.Model, from_zeros: bool = False) -> Masks:
-    """The masks of a model: attached to it, or told by its weights; empty if there are none.
+def was_released(model: keras.Model) -> bool:
+    """Whether its masks were removed: its zeros are no surprise."""
+    return model in _released
 
-    A model that was saved while it had masks, in whatever format, and built or loaded again (or copied) has none
-    attached, but its weights still tell them: `apply_masks(model, masks_of(model))` makes them hold again.
+
+def rewind(model: keras.Model, weights: Sequence[np.ndarray]) -> None:
+    """Sets the weights of a pruned model and leaves its masks: what is pruned stays zero.
+
+    `model.set_weights` and `load_weights` make a pruned network dense until the next step of its optimizer, and a file
+    that is saved then has no masks. Slots of the optimizer stay as they are; `compile` anew clears them.
 
     Args:
-        model: A built `keras.Model`.
-        from_zeros: Takes every weight of the kernels that is zero for pruned, whatever made it so: another toolkit, a
-            multiplication by hand, an initializer of zeros. Products with a mask are -0.0 in part, so that they do tell
-            something without this, but not all.
+        model: A `keras.Model` with masks.
+        weights: As `model.get_weights()` gives them.
+
+    Raises:
+        ValueError: If the model has no masks, or the weights do not fit; nothing is changed then.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-    >>> masks_of(model)
-    <Masks of 0 variables: 0 of 0 weights kept>
-    >>> _ = model.layers[0].kernel.assign([[0.0, 1.0], [2.0, 3.0]])
-    >>> masks_of(model, from_zeros=True).num_kept
-    3
+    >>> initial = model.get_weights()
+    >>> apply_masks(model, {model.layers[0].kernel.path: np.eye(2, dtype=bool)})
+    >>> rewind(model, initial)
+    >>> np.count_nonzero(model.get_weights()[0])
+    2
     """
     check_model(model)
-    if from_zeros:
-        return Masks({path: np.asarray(v) != 0 for path, v in find_kernels(model, ()).items()})
-    masks, certain = {}, set()
-    for path, variable in find_kernels(model).items():
-        is_attached = isinstance(variable.constraint, MaskConstraint)
-        masks[path] = np.asarray(variable.constraint.mask if is_attached else ~_is_pruned(np.asarray(variable)))
-        if is_attached or not masks[path].all():
-            certain.add(path)
-    if certain and not any(isinstance(v.constraint, MaskConstraint) for v in model.weights):
-        certain.update(find_kernels(model, ()))  # those of which nothing was pruned had masks as well
-    return Masks({path: mask for path, mask in masks.items() if path in certain})
+    held = {path: mask_held(v) for path, v in weights_by_path(model).items()}
+    masks = {path: np.asarray(c.mask) != 0 for path, c in held.items() if c is not None}
+    if not masks:
+        raise ValueError(
+            f"The model {model.name!r} has no masks attached, so there is nothing to keep. Use model.set_weights, or "
+            "attach them first: apply_masks(model, masks_of(model))."
+        )
+    shapes = [tuple(variable.shape) for variable in model.weights]
+    found = [tuple(np.shape(array)) for array in weights]
+    if found != shapes:
+        raise ValueError(
+            f"The weights do not fit the model {model.name!r}: expected {len(shapes)} arrays as model.get_weights() "
+            f"gives them, of shapes {shapes}, got {found}."
+        )
+    model.set_weights(list(weights))
+    apply_masks(model, masks)
 
 
-def _is_pruned(weights: np.ndarray) -> np.ndarray:
+def is_pruned(weights: np.ndarray) -> np.ndarray:
+    """Where weights are -0.0."""
     return (weights == 0) & np.signbit(weights)
 
 
 def mask_gradients(gradients: Sequence[Any], variables: Sequence[keras.Variable]) -> list[Any]:
-    """The gradients with zeros where a weight is pruned, for an update that no optimizer of Keras makes.
+    """The gradients with zeros where a weight is pruned, for what a loop of one's own does with them.
 
-    `gradient <- where(mask, gradient, 0)`. An optimizer of Keras applies the masks by itself. Momentum of one's own
-    must be masked like this too, and weights be zero to begin with, as `apply_masks` makes them.
+    `gradient <- where(mask, gradient, 0)`. An optimizer of Keras does so by itself; an update without one, and clipping
+    before one, need this. Momentum of one's own must be masked too, and weights be zero to begin with, as `apply_masks`
+    makes them.
 
     Args:
         gradients: One for each variable; `None` stays `None`.
@@ -222,7 +324,7 @@ def mask_gradients(gradients: Sequence[Any], variables: Sequence[keras.Variable]
         ValueError: If there are not as many gradients as variables.
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
-    >>> apply_masks(model, {next(iter(find_kernels(model))): np.array([[True], [False]])})
+    >>> apply_masks(model, {model.layers[0].kernel.path: np.array([[True], [False]])})
     >>> np.asarray(mask_gradients([np.ones((2, 1))], model.trainable_variables)[0]).ravel()
     array([1., 0.])
     """
@@ -235,14 +337,7 @@ def mask_gradients(gradients: Sequence[Any], variables: Sequence[keras.Variable]
                 f"Expected variables of Keras, such as model.trainable_variables, got {type(variable).__name__}: "
                 "nothing says which mask it has."
             )
-    return [_masked_gradient(g, getattr(v, "constraint", None)) for g, v in zip(gradients, variables, strict=True)]
-
-
-def _masked_gradient(gradient: Any, constraint: Any) -> Any:
-    if gradient is None or not isinstance(constraint, MaskConstraint):
-        return gradient
-    gradient = keras.ops.convert_to_tensor(gradient)
-    return keras.ops.where(keras.ops.cast(constraint.mask, "bool"), gradient, keras.ops.zeros_like(gradient))
+    return _masked_gradients(gradients, variables)
 
 
 def _retrace(model: keras.Model) -> None:

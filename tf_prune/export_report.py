@@ -64,9 +64,19 @@ class ExportReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of exact zeros among the weights of all kernels."""
-        total = sum(row.num_weights for row in self.layers)
-        return sum(row.sparsity * row.num_weights for row in self.layers) / total if total else 0.0
+        """Fraction of exact zeros among the weights of the kernels that are found in the file."""
+        found = [row for row in self.layers if row.tflite_sparsity is not None]
+        total = sum(row.num_weights for row in found)
+        return sum(row.sparsity * row.num_weights for row in found) / total if total else 0.0
+
+    @property
+    def headline(self) -> str:
+        """The sparsity, and of what it is."""
+        found = [row for row in self.layers if row.tflite_sparsity is not None]
+        size = sum(row.num_weights for row in found)
+        text = f"{self.sparsity:.2%} of the {size:,} weights of {len(found)} kernels are zero"
+        missing = len(self.layers) - len(found)
+        return text + (f"; {missing} kernels were not found in the file, and do not count" if missing else "")
 
     @property
     def latency(self) -> dict[str, float]:
@@ -91,7 +101,7 @@ class ExportReport:
         Path(file).write_text(json.dumps(content, indent=2) + "\n")
 
     def __str__(self) -> str:
-        table = Table(title=f"{self.directory}: {self.sparsity:.2%} of the kernels' weights are zero")
+        table = Table(title=f"{self.directory}: {self.headline}")
         for column in ("kernel", "weights", "sparsity", "in the .tflite"):
             table.add_column(column, justify="left" if column == "kernel" else "right")
         for row in self.layers:
@@ -122,8 +132,7 @@ class ExportReport:
         lines = [
             f"# {Path(self.directory).name}",
             "",
-            f"{self.sparsity:.2%} of the weights of {len(self.layers)} kernels are zero. `model.tflite` is {kind}. "
-            + self._parity(),
+            f"{self.headline}. `model.tflite` is {kind}. " + self._parity(),
             "",
             "## Is it faster?",
             "",

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from tf_prune.callbacks import PruningCallback
-from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.enforcement import apply_masks
+from tf_prune.evidence import masks_of
 from tf_prune.methods import Method, as_iterative
 from tf_prune.pruning import Pruner
 from tf_prune.schedules import Harmonic, Schedule, as_schedule

@@ -11,6 +11,8 @@ import tensorflow as tf
 
 from tf_prune.batches import Batches, maybe_unlabelled
 from tf_prune.calls import Call, floats, layer_called, layers_with_kernels, on_logits, only_call, watched
+from tf_prune.effective import check_not_quantized
+from tf_prune.evidence import check_masks_hold
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64
 from tf_prune.prunable import Filters, check_model, matches
@@ -55,6 +57,8 @@ def jacobian_spectrum(
     Source: Lee et al. 2020, Eq. 3 and Table 2; the logits and the pooling are those of their code.
     """
     check_model(model)
+    check_masks_hold(model)
+    check_not_quantized(model, "A spectrum is taken in float64", "Measure the model before model.quantize.")
     layers = {name: layer_called(model, name) for name in (start, end) if name is not None}
 
     def ends(calls: list[Call], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
@@ -96,6 +100,8 @@ def layerwise_spectra(
     Source: Lee et al. 2020, Eq. 6 and Sec. 4.1.2.
     """
     check_model(model)
+    check_masks_hold(model)
+    check_not_quantized(model, "A spectrum is taken in float64", "Measure the model before model.quantize.")
     layers = [layer for layer in dict.fromkeys(layers_with_kernels(model)) if matches(layer, filters)]
     if not layers:
         raise ValueError(f"The model {model.name!r} has no layer with kernels that filters={filters!r} chooses.")

@@ -7,8 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_prune.enforcement import MaskConstraint, apply_masks, masks_of
-from tf_prune.prunable import check_model, find_kernels
+from tf_prune.enforcement import apply_masks, hold
+from tf_prune.evidence import masks_of
+from tf_prune.prunable import check_model, find_kernels, owners_of
 
 
 @keras.saving.register_keras_serializable(package="tf_prune")
@@ -55,12 +56,13 @@ class Masked(keras.layers.Wrapper):
         self.layer._parent_path = self._parent_path  # its weights are called as they were without the wrapper
         if not self.layer.built:
             self.layer.build(*shapes, **named_shapes)
+        owners = owners_of(self.layer)
         for path, kernel in find_kernels(self.layer, ("embeddings",)).items():
             name = path.removeprefix(f"{self.layer.path}/").replace("/", "_").replace("@", "_")
             mask = self.add_weight(
                 kernel.shape, "ones", "float32", trainable=False, autocast=False, name=f"{name}_mask"
             )
-            kernel.constraint = MaskConstraint(kernel, mask)
+            hold(owners.get(id(kernel)), kernel, mask)
             self.masks.append(mask)
         if not self.masks:
             raise ValueError(

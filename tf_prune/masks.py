@@ -29,6 +29,7 @@ class Masks(Mapping[str, np.ndarray]):
 
     Args:
         masks: Mapping of path to array; an array of booleans, or of exact zeros and ones.
+        status: What `masks_of` says of them; it takes no part in comparisons, and is not saved.
 
     Raises:
         ValueError: If a key is not a string or an array holds anything else.
@@ -38,7 +39,8 @@ class Masks(Mapping[str, np.ndarray]):
     (4, 1, 0.75)
     """
 
-    def __init__(self, masks: Mapping[str, Any]):
+    def __init__(self, masks: Mapping[str, Any], *, status: str = ""):
+        self.status = status
         if not isinstance(masks, Mapping):
             raise ValueError(f"Masks are a mapping of variable.path to array of booleans, got {type(masks).__name__}.")
         self._masks: dict[str, np.ndarray] = {}

@@ -93,7 +93,8 @@ def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
     return weights
 
 
-def _owners(model: keras.Model) -> dict[int, keras.Layer]:
+def owners_of(model: keras.Model) -> dict[int, keras.Layer]:
+    """The layer that owns each variable, by the variable's id."""
     return {
         id(variable): layer
         for layer in model._flatten_layers()
@@ -125,7 +126,7 @@ def _why_not(layer: keras.Layer | None, variable: keras.Variable, include: Seque
 
 def find_kernels(model: keras.Model, include: Sequence[str] = INCLUDE) -> dict[str, keras.Variable]:
     """The float variables of the model that can have a mask, frozen ones too; there may be none."""
-    owners = _owners(model)
+    owners = owners_of(model)
     return {p: v for p, v in weights_by_path(model).items() if _why_not(owners.get(id(v)), v, include) is None}
 
 
@@ -221,7 +222,7 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Sequence
     check_model(model)
     if isinstance(include, str) or any(name not in INCLUDE for name in include):
         raise ValueError(f"include must be a list of {', '.join(map(repr, INCLUDE))}; got {include!r}.")
-    owners = _owners(model)
+    owners = owners_of(model)
     prunable: dict[str, keras.Variable] = {}
     skipped: dict[str, str] = {}
     for path, variable in weights_by_path(model).items():

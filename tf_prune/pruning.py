@@ -13,7 +13,8 @@ from rich.table import Table
 
 from tf_prune.batches import Batches, inputs_like
 from tf_prune.criteria import Groups
-from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.enforcement import apply_masks
+from tf_prune.evidence import check_masks_hold, mask_again, masks_of, warn_of_unknown_zeros
 from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
@@ -182,6 +183,7 @@ class Pruner:
 
     def scores(self) -> dict[str, np.ndarray]:
         """The scores of the groups as the model is; it stays so."""
+        check_masks_hold(self.model)
         masks = _existing_masks(self.model, self._derivatives)
         scores = self._method.criterion.scores(self._derivatives, self.batches, masks, self._groups)
         check_finite(scores)
@@ -194,7 +196,9 @@ class Pruner:
     def prune(self, sparsity: float, verbose: int = 0) -> PruningReport:
         """Prunes the model and attaches the masks, with those that other kernels had."""
         self.check(sparsity)
+        mask_again(self.model)
         existing = _existing_masks(self.model, self._derivatives)
+        warn_of_unknown_zeros(self.model, self.variables, existing)
         groups = self._groups
         if existing is not None:
             groups = {path: dataclasses.replace(group, alive=existing[path]) for path, group in groups.items()}

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tf_prune.batches import inputs_like
-from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.enforcement import apply_masks
+from tf_prune.evidence import masks_of
 from tf_prune.layers import Masked
 from tf_prune.prunable import check_model, find_kernels
 from tf_prune.sparse_inference import Obstacle, explain

@@ -9,11 +9,12 @@ import keras
 import numpy as np
 
 from tf_prune.batches import Batches, inputs_like
-from tf_prune.conversion import batch_size_of, has_trained_ranges, signatures_of, write_saved_model
-from tf_prune.enforcement import masks_of
+from tf_prune.conversion import NOT_IN_TFLITE, batch_size_of, has_trained_ranges, signatures_of, write_saved_model
+from tf_prune.effective import check_not_quantized, multiplied
+from tf_prune.evidence import check_masks_hold, masks_of
 from tf_prune.parity import Arrays
 from tf_prune.precision import computing_in
-from tf_prune.prunable import check_model, find_kernels
+from tf_prune.prunable import check_model, find_kernels, owners_of, weights_by_path
 
 
 class KerasSource:
@@ -21,18 +22,14 @@ class KerasSource:
 
     def __init__(self, model: keras.Model, batches: Batches):
         check_model(model)
-        self._model, self._batches = model, batches
+        self._model, self._batches, self._owners = model, batches, owners_of(model)
         self.layers = {layer.name: type(layer).__name__ for layer in model._flatten_layers(include_self=False)}
+        check_not_quantized(model, *NOT_IN_TFLITE)
+        check_masks_hold(model)
         masks = masks_of(model)
-        # Tables of embeddings, and biases, count where they were pruned.
+        # Tables of embeddings, biases, and what is no kernel that is known, count where they were pruned.
         plain = find_kernels(model, ())
-        kernels = {path: v for path, v in find_kernels(model).items() if path in masks or path in plain}
-        for path, mask in masks.items():
-            if np.asarray(kernels[path])[~mask].any():
-                raise ValueError(
-                    f"Pruned weights of {path!r} are not zero; they were set from outside after pruning. Call "
-                    "tf_prune.apply_masks(model, tf_prune.masks_of(model)) and export again."
-                )
+        kernels = {path: v for path, v in weights_by_path(model).items() if path in masks or path in plain}
         _check_weights(model)
         _check_forgets(model)
         self.variables = kernels
@@ -41,8 +38,8 @@ class KerasSource:
 
     @property
     def kernels(self) -> dict[str, np.ndarray]:
-        """The weights as they are now."""
-        return {path: np.asarray(variable) for path, variable in self.variables.items()}
+        """The weights as the layers multiply by them now."""
+        return {path: multiplied(self._owners.get(id(v)), v) for path, v in self.variables.items()}
 
     def write(self, folder: Path, batch_size: int | None = None) -> None:
         """Writes the SavedModel."""

@@ -17,7 +17,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.enforcement import apply_masks, masks_of
+from tf_prune.enforcement import apply_masks
+from tf_prune.evidence import masks_of
 from tf_prune.legacy_keras import rebuild, tf_keras
 from tf_prune.legacy_keras import to_tf_keras as to_tf_keras
 from tf_prune.legacy_layers import LAYERS as LAYERS
