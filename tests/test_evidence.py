@@ -164,6 +164,24 @@ def test_a_step_that_an_outer_model_traced_before_is_said():
     assert zeros(body) == pytest.approx(0.9, abs=0.01)
 
 
+def test_a_constraint_in_the_place_of_the_mask_is_said():
+    model = mlp()
+    tf_prune.prune(model, "magnitude", 0.75, verbose=0)
+    model.layers[0].kernel.constraint = keras.constraints.MaxNorm(2.0)
+    fit(model)
+    with pytest.warns(UserWarning, match=r"do not hold: weights that they prune are not zero in sequential/a/kernel\."):
+        assert tf_prune.masks_of(model).status == "not holding"
+
+
+def test_masks_of_embeddings_hold_without_a_word():
+    model = keras.Sequential([keras.Input((5,)), layers.Embedding(20, 8), layers.Flatten(), layers.Dense(4)])
+    model.compile(keras.optimizers.Adam(0.01, clipnorm=0.1), LOSS)
+    masks = tf_prune.prune(model, "random", 0.5, include=["embeddings"], verbose=0).masks
+    model.fit(np.random.default_rng(0).integers(0, 20, (64, 5)), Y, verbose=0)
+    assert tf_prune.masks_of(model) == masks
+    assert tf_prune.masks_of(model).status == "holding"
+
+
 def test_lora_over_a_pruned_kernel_is_said_and_the_log_tells_what_the_layers_multiply_by():
     model = mlp()
     tf_prune.prune(model, "magnitude", 0.75, verbose=0)

@@ -53,11 +53,10 @@ def masks_of(model: keras.Model, from_zeros: bool = False) -> Masks:
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     >>> masks_of(model)
     <Masks of 0 variables: 0 of 0 weights kept>
-    >>> kernel = model.layers[0].kernel
-    >>> kernel.assign([[1.0, -0.0], [0.0, 2.0]]) is None  # the sign of a zero tells
-    False
-    >>> masks_of(model).num_kept
-    3
+    >>> weights = np.array([[1.0, -0.0], [-0.0, 2.0]])  # the sign of a zero tells
+    >>> model.set_weights([weights, np.zeros(2)])
+    >>> masks_of(model).num_kept, masks_of(model).status
+    (2, 'told')
     """
     check_model(model)
     owners, variables = owners_of(model), weights_by_path(model)
@@ -112,7 +111,8 @@ def mask_again(model: keras.Model) -> None:
             f"Weights that the masks of {model.name!r} prune were not zero in {_few(broken)}, and were set to zero: "
             "weights of an epoch that was less sparse were restored or loaded (the best ones?), or something wrote "
             "weights behind the optimizer. The network is not the one that was restored. Let callbacks that keep the "
-            "best weights begin when the last pruning is over.",
+            "best weights begin when the last pruning is over; tf_prune.rewind(model, weights) is for weights that are "
+            "meant to be masked.",
         )
         constraints = {path: mask_held(v) for path, v in weights_by_path(model).items() if path in broken}
         apply_masks(model, {path: mask_array(c) for path, c in constraints.items() if c is not None})
@@ -132,7 +132,6 @@ def sparsity_of_model(model: keras.Model, masks: Mapping[str, np.ndarray]) -> tu
         zeros = 0
         if mask is not None:
             zeros = int(np.count_nonzero(multiplied(owners.get(id(variable)), variable)[~mask] == 0))
-        if mask is not None:
             of_each[path] = zeros / size
         if len(variable.shape) > 1:
             total, pruned = total + size, pruned + zeros
@@ -167,9 +166,12 @@ def warn_of_unknown_zeros(model: keras.Model, variables: Mapping[str, keras.Vari
 
 
 def _attached(layer: keras.Layer | None, variable: keras.Variable) -> np.ndarray | None:
-    constraint = mask_held(variable) or (
-        mask_remembered(layer, variable.name) if layer is not None and is_quantized_kernel(layer, variable) else None
-    )
+    """The mask that is attached, or was until `quantize` or another constraint took the place of what held it."""
+    constraint = mask_held(variable)
+    if constraint is None and layer is not None:
+        constraint = mask_remembered(layer, variable.name)
+        if constraint is not None and constraint.mask.shape != multiplied(layer, variable).shape:
+            constraint = None
     return None if constraint is None else mask_array(constraint)
 
 
