@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 from tf_prune.masks import Masks
-from tf_prune.prunable import check_model, find_kernels
+from tf_prune.prunable import check_model, find_kernels, weights_by_path
 
 
 class MaskConstraint(keras.constraints.Constraint):
@@ -133,7 +133,8 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     1
     """
     check_model(model)
-    variables = find_kernels(model)
+    weights = weights_by_path(model)
+    variables = find_kernels(model) | {path: weights[path] for path in masks if path in weights}
     is_new = False
     for path, mask in fitted(variables, masks if isinstance(masks, Masks) else Masks(masks)).items():
         variable = variables[path]
@@ -157,7 +158,7 @@ def remove_masks(model: keras.Model) -> None:
         model: A built `keras.Model`, with or without masks.
     """
     check_model(model)
-    for variable in find_kernels(model).values():
+    for variable in _maskable(model).values():
         constraint = variable.constraint
         if isinstance(constraint, MaskConstraint):
             constraint.mask.assign(keras.ops.ones_like(constraint.mask))
@@ -193,7 +194,7 @@ def masks_of(model: keras.Model, from_zeros: bool = False) -> Masks:
     if from_zeros:
         return Masks({path: np.asarray(v) != 0 for path, v in find_kernels(model, ()).items()})
     masks, certain = {}, set()
-    for path, variable in find_kernels(model).items():
+    for path, variable in _maskable(model).items():
         is_attached = isinstance(variable.constraint, MaskConstraint)
         masks[path] = np.asarray(variable.constraint.mask if is_attached else ~_is_pruned(np.asarray(variable)))
         if is_attached or not masks[path].all():
@@ -201,6 +202,16 @@ def masks_of(model: keras.Model, from_zeros: bool = False) -> Masks:
     if certain and not any(isinstance(v.constraint, MaskConstraint) for v in model.weights):
         certain.update(find_kernels(model, ()))  # those of which nothing was pruned had masks as well
     return Masks({path: mask for path, mask in masks.items() if path in certain})
+
+
+def _maskable(model: keras.Model) -> dict[str, keras.Variable]:
+    """The known kernels, and whatever else has a mask."""
+    kernels = find_kernels(model)
+    return {
+        path: variable
+        for path, variable in weights_by_path(model).items()
+        if path in kernels or isinstance(getattr(variable, "constraint", None), MaskConstraint)
+    }
 
 
 def _is_pruned(weights: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from tf_prune.conversion import batch_size_of, has_trained_ranges, signatures_of
 from tf_prune.enforcement import masks_of
 from tf_prune.parity import Arrays
 from tf_prune.precision import computing_in
-from tf_prune.prunable import check_model, find_kernels
+from tf_prune.prunable import check_model, find_kernels, weights_by_path
 
 
 class KerasSource:
@@ -24,9 +24,9 @@ class KerasSource:
         self._model, self._batches = model, batches
         self.layers = {layer.name: type(layer).__name__ for layer in model._flatten_layers(include_self=False)}
         masks = masks_of(model)
-        # Tables of embeddings, and biases, count where they were pruned.
+        # Tables of embeddings, biases, and kernels of layers of one's own count where they were pruned.
         plain = find_kernels(model, ())
-        kernels = {path: v for path, v in find_kernels(model).items() if path in masks or path in plain}
+        kernels = {path: v for path, v in weights_by_path(model).items() if path in masks or path in plain}
         for path, mask in masks.items():
             if np.asarray(kernels[path])[~mask].any():
                 raise ValueError(
