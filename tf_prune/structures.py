@@ -203,10 +203,12 @@ class Weights(Structure):
         return Grouping(layout.shape, layout.view)
 
 
-def _split(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
-    """The shape with the axis cut into `(n / size, size)`."""
+def _split(shape: tuple[int, ...], axes: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape with the last of these axes cut into `(n / size, size)`: where it fits, runs along all of them do."""
+    axis = axes[-1]
     if shape[axis] % size:
-        raise ValueError(f"{shape[axis]} is not a multiple of {size}")
+        where = f", within the last of {len(axes)} axes that are not in order" if len(axes) > 1 else ""
+        raise ValueError(f"{shape[axis]} is not a multiple of {size}{where}")
     return (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
 
 
@@ -255,8 +257,8 @@ class NofM(Structure):
         if reason:
             return reason
         layout = layout.flat
-        axis = layout.own_inputs[-1]
-        return Grouping(layout.shape, _split(layout.view, axis, self.m), at_most=(axis + 1, self.n))
+        view = _split(layout.view, layout.own_inputs, self.m)
+        return Grouping(layout.shape, view, at_most=(layout.own_inputs[-1] + 1, self.n))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,11 +293,11 @@ class Blocks(Structure):
             return reason
         layout = layout.flat
         view, members = layout.view, list[int]()
-        sizes = [(layout.own_inputs[-1], self.inputs), (layout.own_outputs[-1], self.outputs)]
+        parts = [(layout.own_inputs, self.inputs), (layout.own_outputs, self.outputs)]
         # The later axis first, so that the earlier one still has its number.
-        for axis, size in sorted(sizes, reverse=True):
-            view = _split(view, axis, size)
-            members = [axis + 1, *(member + 1 for member in members)]
+        for axes, size in sorted(parts, key=lambda part: part[0][-1], reverse=True):
+            view = _split(view, axes, size)
+            members = [axes[-1] + 1, *(member + 1 for member in members)]
         return Grouping(layout.shape, view, tuple(members))
 
 
