@@ -270,7 +270,24 @@ def test_what_has_a_mask_is_wrapped_with_it():
         np.testing.assert_array_equal(mask, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*trained")
+def test_masks_of_own_kernels_reach_the_ready_model_and_the_file(tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 1, name="conv")(inputs))
+    model = compiled(keras.Model(inputs, layers.Dense(4, name="head")(Mixing(name="own")(x))))
+    masks = tf_prune.prune(model, "magnitude", 0.5, include="mixing").masks
+    ready, _ = tf_prune.make_ready(model)
+    for mask, expected in zip(tf_prune.masks_of(ready).values(), masks.values(), strict=True):
+        np.testing.assert_array_equal(mask.ravel(), expected.ravel())
+    report = tf_prune.export(model, tmp_path / "own")
+    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
+    assert any("mixing" in line for line in str(report).splitlines())
+
+
 def test_a_wrapper_around_a_layer_without_known_kernels_asks_for_them():
+    with pytest.raises(ValueError, match="include='mixture' is no group"):
+        owner(tf_prune.Masked(Mixing(name="own"), include="mixture"))
     with pytest.raises(ValueError, match=r"say with include=.*own/mixing, .*own/mixing_of_neighbours"):
         owner(tf_prune.Masked(Mixing(name="own")))
 

@@ -172,7 +172,7 @@ def _pattern(variables: Mapping[str, keras.Variable]) -> str:
 
 def check_include(model: keras.Layer, include: Include) -> tuple[_Inclusion, ...]:
     """What is included, as a tuple; raises if a part of it asks for no kernel of the model."""
-    parts = (include,) if isinstance(include, str) or callable(include) else tuple(include)
+    parts = _parts(include)
     for part in parts:
         if not isinstance(part, str) and not callable(part):
             raise ValueError(
@@ -207,14 +207,18 @@ def _check_asks_for_something(model: keras.Layer, part: _Inclusion) -> None:
     )
 
 
-def find_kernels(model: keras.Layer, include: Sequence[_Inclusion] = INCLUDE) -> dict[str, keras.Variable]:
+def _parts(include: Include) -> tuple[_Inclusion, ...]:
+    return (include,) if isinstance(include, str) or callable(include) else tuple(include)
+
+
+def find_kernels(model: keras.Layer, include: Include = INCLUDE) -> dict[str, keras.Variable]:
     """The float variables that are kernels, frozen ones too, and what `include` adds; there may be none.
 
     Args:
         model: A model, or one layer.
-        include: As `check_include` gives it.
+        include: As in `find_prunable`, but what asks for nothing is no error here.
     """
-    owners = _owners(model)
+    owners, include = _owners(model), _parts(include)
     return {p: v for p, v in weights_by_path(model).items() if _why_not(owners.get(id(v)), v, include) is None}
 
 

@@ -356,7 +356,7 @@ class InputChannels(Structure):
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid(Structure):
-    """One structure in convolutions, depthwise ones too, and another one everywhere else.
+    """One structure in convolutions, depthwise and recurrent ones too, and another one everywhere else.
 
     Groups of different sizes are ranked against each other in the global scope; the paper ranks within each layer.
 
