@@ -19,6 +19,7 @@ METHODS = {
     "synflow": tf_prune.SynFlow(num_steps=5),
     "loss_preservation": tf_prune.LossPreservation(magnitude_power=1),
     "gradient_norm_preservation": tf_prune.GradientNormPreservation(),
+    "squared_gradient": tf_prune.SquaredGradient(),
     "optimal_brain_damage": tf_prune.OptimalBrainDamage(num_probes=2),
     "magnitude": tf_prune.Magnitude(),
     "random": tf_prune.Random(seed=1),

@@ -262,3 +262,29 @@ def test_a_kernel_that_pruning_emptied_is_left_out():
     masks = {"mlp/hidden/kernel": mask, "mlp/head/kernel": np.zeros((16, 4), bool)}
     assert list(tf_prune.condition(model, masks, verbose=0)) == ["mlp/hidden/kernel"]
     assert not np.asarray(model.get_layer("head").kernel).any()
+
+
+def test_each_expert_is_drawn_and_conditioned_by_itself():
+    model = keras.Sequential([keras.Input((3, 8)), layers.EinsumDense("bgi,gio->bgo", (3, 4), name="experts")])
+    tf_prune.reinitialize(model, "orthogonal")
+    kernel = model.get_layer("experts").kernel
+    for expert in np.asarray(kernel):
+        np.testing.assert_allclose(expert.T @ expert, np.eye(4), atol=1e-5)
+    masks = tf_prune.prune(model, "random", 0.5).masks
+    ((_, layer),) = tf_prune.condition(model, verbose=0).items()
+    (mask,) = masks.values()
+    alive = [min(one.any(0).sum(), one.any(1).sum()) for one in mask]
+    assert layer.size == sum(alive)
+    gaps = [gap_of(one.astype(np.float64)) ** 2 * n for one, n in zip(np.asarray(kernel), alive, strict=True)]
+    assert layer.after == pytest.approx(np.sqrt(sum(gaps) / sum(alive)), abs=1e-4)
+
+
+def test_what_reads_the_state_of_a_convolutional_lstm_has_no_stride():
+    model = keras.Sequential([keras.Input((2, 8, 8, 2)), layers.ConvLSTM2D(2, 3, strides=2, padding="same")])
+    masks = tf_prune.prune(model, "random", 0.3, scope="layerwise").masks
+    report = tf_prune.condition(model, max_iterations=20, verbose=0)
+    survey = tf_prune.find_prunable(model)
+    for (path, layer), strides in zip(report.items(), [(2, 2), (1, 1)], strict=True):
+        problem = MaskedIsometry(survey.layouts[path], masks[path], strides, 1.0)
+        kernel = np.asarray(survey.prunable[path], np.float64)
+        assert layer.after == pytest.approx(problem.gap(kernel[masks[path]]), rel=1e-3)

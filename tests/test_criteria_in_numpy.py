@@ -74,7 +74,7 @@ GOLDEN = [
     (tf_prune.SNIP(), lambda n: abs(n.theta * n.gradient(n.theta)), np.sum),
     (tf_prune.LossPreservation(0), lambda n: n.theta * n.gradient(n.theta), lambda v: abs(v.sum())),
     (tf_prune.LossPreservation(1), lambda n: n.theta**2 * abs(n.gradient(n.theta)), np.sum),
-    (tf_prune.SquaredGradient(), lambda n: n.gradient(n.theta) ** 2, np.sum),
+    (tf_prune.METHODS["squared_gradient"](), lambda n: n.gradient(n.theta) ** 2, np.sum),
     (tf_prune.GraSP(), lambda n: product(n, tempered(200)), np.sum),
     (tf_prune.GraSP(temperature=1), product, np.sum),
     (tf_prune.GradientNormPreservation(), product, lambda v: abs(v.sum())),

@@ -1,3 +1,5 @@
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -32,6 +34,112 @@ def test_every_weight_is_prunable_or_has_a_reason():
     kernels = [v for v in model.weights if "kernel" in v.name]
     assert list(map(id, survey.prunable.values())) == list(map(id, kernels))
     assert len(kernels) == 18
+
+
+def two_inputs(layer):
+    x = keras.Input((6, 4))
+    return keras.Model(x, layer(x, x))
+
+
+def sequence(layer, *shape):
+    return keras.Sequential([keras.Input(shape), layer])
+
+
+# Every layer of Keras that makes trainable weights of two and more axes, and the names of those that are kernels.
+KERAS_LAYERS = {
+    "Bidirectional": (lambda: sequence(layers.Bidirectional(layers.LSTM(3)), 6, 4), "kernel recurrent_kernel"),
+    "Conv1D": (lambda: sequence(layers.Conv1D(3, 2), 6, 4), "kernel"),
+    "Conv1DTranspose": (lambda: sequence(layers.Conv1DTranspose(3, 2), 6, 4), "kernel"),
+    "Conv2D": (lambda: sequence(layers.Conv2D(3, 2), 6, 6, 4), "kernel"),
+    "Conv2DTranspose": (lambda: sequence(layers.Conv2DTranspose(3, 2), 6, 6, 4), "kernel"),
+    "Conv3D": (lambda: sequence(layers.Conv3D(3, 2), 4, 4, 4, 2), "kernel"),
+    "Conv3DTranspose": (lambda: sequence(layers.Conv3DTranspose(3, 2), 4, 4, 4, 2), "kernel"),
+    "ConvLSTM1D": (lambda: sequence(layers.ConvLSTM1D(3, 2), 3, 6, 4), "kernel recurrent_kernel"),
+    "ConvLSTM2D": (lambda: sequence(layers.ConvLSTM2D(3, 2), 3, 6, 6, 4), "kernel recurrent_kernel"),
+    "ConvLSTM3D": (lambda: sequence(layers.ConvLSTM3D(3, 2), 3, 4, 4, 4, 2), "kernel recurrent_kernel"),
+    "Dense": (lambda: sequence(layers.Dense(3), 4), "kernel"),
+    "DepthwiseConv1D": (lambda: sequence(layers.DepthwiseConv1D(2), 6, 4), "kernel"),
+    "DepthwiseConv2D": (lambda: sequence(layers.DepthwiseConv2D(2), 6, 6, 4), "kernel"),
+    "EinsumDense": (lambda: sequence(layers.EinsumDense("abc,cd->abd", (6, 3), bias_axes="bd"), 6, 4), "kernel"),
+    "Embedding": (lambda: sequence(layers.Embedding(7, 3), 6), ""),
+    "GRU": (lambda: sequence(layers.GRU(3), 6, 4), "kernel recurrent_kernel"),
+    "GroupQueryAttention": (lambda: two_inputs(layers.GroupQueryAttention(3, 4, 2)), "kernel"),
+    "LSTM": (lambda: sequence(layers.LSTM(3), 6, 4), "kernel recurrent_kernel"),
+    "LayerNormalization": (lambda: sequence(layers.LayerNormalization(axis=(1, 2)), 6, 4), ""),
+    "MultiHeadAttention": (lambda: two_inputs(layers.MultiHeadAttention(2, 3)), "kernel"),
+    "PReLU": (lambda: sequence(layers.PReLU(), 6, 4), ""),
+    "RMSNormalization": (lambda: sequence(layers.RMSNormalization(axis=(1, 2)), 6, 4), ""),
+    "RNN": (lambda: sequence(layers.RNN([layers.GRUCell(3), layers.LSTMCell(3)]), 6, 4), "kernel recurrent_kernel"),
+    "ReversibleEmbedding": (lambda: reversible(tie_weights=False), "reverse_embeddings"),
+    "STFTSpectrogram": (lambda: sequence(layers.STFTSpectrogram(frame_length=8), 64, 1), ""),
+    "SeparableConv1D": (lambda: sequence(layers.SeparableConv1D(3, 2), 6, 4), "depthwise_kernel pointwise_kernel"),
+    "SeparableConv2D": (lambda: sequence(layers.SeparableConv2D(3, 2), 6, 6, 4), "depthwise_kernel pointwise_kernel"),
+    "SimpleRNN": (lambda: sequence(layers.SimpleRNN(3), 6, 4), "kernel recurrent_kernel"),
+    "SpectralNormalization": (lambda: sequence(layers.SpectralNormalization(layers.Dense(3)), 4), "kernel"),
+    "TimeDistributed": (lambda: sequence(layers.TimeDistributed(layers.Dense(3)), 6, 4), "kernel"),
+}
+# Those of one axis at most, or none of their own; and what wraps models of other libraries, whose weights are unknown.
+WITHOUT = (
+    *("AdditiveAttention", "Attention", "BatchNormalization", "GroupNormalization", "Normalization"),
+    *("FlaxLayer", "JaxLayer", "TFSMLayer", "TorchModuleWrapper"),
+    *("GRUCell", "LSTMCell", "SimpleRNNCell"),  # in the layers above
+)
+
+
+def reversible(**options):
+    inputs, embedding = keras.Input((6,), dtype="int32"), layers.ReversibleEmbedding(7, 3, **options)
+    return keras.Model(inputs, embedding(embedding(inputs), reverse=True))
+
+
+@pytest.mark.parametrize("name", KERAS_LAYERS)
+def test_of_every_layer_of_keras_the_kernels_are_known_and_the_rest_has_another_reason(name):
+    make, kernels = KERAS_LAYERS[name]
+    model = make()
+    names = set(kernels.split())
+    if names:
+        survey = find_prunable(model)
+        assert {variable.name for variable in survey.prunable.values()} == names
+        reasons = survey.skipped.values()
+        assert not survey.unknown
+    else:
+        with pytest.raises(ValueError, match="nothing to prune") as error:
+            find_prunable(model)
+        reasons = [str(error.value)]
+    assert not any("no known kernel" in reason for reason in reasons)
+
+
+def test_no_layer_of_keras_is_missing_from_that_list():
+    classes = {one for one in vars(layers).values() if isinstance(one, type) and issubclass(one, keras.Layer)}
+    parents = {one: [p for p in one.__mro__ if p is not layers.Layer and ".layers." in p.__module__] for one in classes}
+    with_weights = {
+        one.__name__ for one in classes if any("add_weight(" in inspect.getsource(parent) for parent in parents[one])
+    }
+    assert "Dense" in with_weights
+    assert with_weights - {*KERAS_LAYERS, *WITHOUT} == set()
+
+
+def test_the_untied_way_back_of_an_embedding_is_a_dense_kernel_and_the_tied_one_is_the_table():
+    untied, tied = reversible(tie_weights=False), reversible()
+    ((_, layout),) = find_prunable(untied).layouts.items()
+    assert (layout.kind, layout.inputs, layout.outputs, layout.is_last) == ("dense", (0,), (1,), True)
+    assert [v.shape for v in find_prunable(untied, include="embeddings").prunable.values()] == [(7, 3), (3, 7)]
+    assert [v.shape for v in find_prunable(tied, include="embeddings").prunable.values()] == [(7, 3)]
+
+
+def test_a_fourier_transform_is_pruned_only_where_it_is_named():
+    model = keras.Sequential([keras.Input((64, 1)), layers.STFTSpectrogram(frame_length=8), layers.Dense(2)])
+    assert [v.name for v in find_prunable(model).prunable.values()] == ["kernel"]
+    assert 'a Fourier transform: pruned only with include=["real_kernel"]' in find_prunable(model).skipped.values()
+    names = [v.name for v in find_prunable(model, include=["real_kernel"]).prunable.values()]
+    assert names == ["real_kernel", "kernel"]
+
+
+def test_the_factors_of_lora_are_left_alone():
+    model = helpers.build("mlp")
+    model.get_layer("hidden").enable_lora(2)
+    survey = find_prunable(model)
+    assert list(survey.skipped.values()).count("a factor of LoRA: its product is added to the kernel") == 2
+    assert not survey.unknown
 
 
 def test_an_embedding_is_left_alone():
@@ -153,12 +261,6 @@ def test_biases_are_pruned_only_as_the_quirk_that_they_are():
     assert not np.asarray(model.get_layer("head").bias).any()
     report = tf_prune.prune(helpers.build("mlp"), "snip", 0.5, data, include=["quirk_biases"], structure="1x4")
     assert "a bias has no inputs" in str(report)
-
-
-@pytest.mark.parametrize("include", ["embeddings", ["bias"], ["embeddings", "tables"]])
-def test_an_unknown_inclusion_says_which_there_are(include):
-    with pytest.raises(ValueError, match="include must be a list of 'embeddings', 'quirk_biases'; got"):
-        find_prunable(helpers.build("mlp"), include=include)
 
 
 @pytest.mark.parametrize("include", [(), ["embeddings"], ["quirk_biases"], ["embeddings", "quirk_biases"]])

@@ -36,6 +36,12 @@ LAYERS = {
     "einsum to heads": (lambda: layers.EinsumDense("abc,cde->abde", (5, 2, 3)), (5, 4), 1, 2),
     "einsum from heads": (lambda: layers.EinsumDense("abcd,cde->abe", (5, 6)), (5, 2, 4), 2, 1),
     "einsum transposed": (lambda: layers.EinsumDense("abc,dc->abd", (5, 6)), (5, 4), 1, 1),
+    "einsum of experts": (lambda: layers.EinsumDense("bgi,gio->bgo", (3, 4)), (3, 5), 2, 2),
+    "einsum of heads": (lambda: layers.EinsumDense("abhd,hed->abhe", (2, 3, 4)), (2, 3, 5), 2, 2),
+    "einsum of positions": (lambda: layers.EinsumDense("abc,bcd->abd", (5, 6)), (5, 4), 2, 2),
+    "einsum of scales": (lambda: layers.EinsumDense("abc,c->abc", (5, 4)), (5, 4), 1, 1),
+    "einsum from permuted heads": (lambda: layers.EinsumDense("abhd,dho->abo", (5, 6)), (5, 2, 4), 2, 1),
+    "einsum to heads around inputs": (lambda: layers.EinsumDense("abc,dce->abde", (5, 2, 3)), (5, 4), 1, 2),
 }
 EVERY_LAYER = pytest.mark.parametrize(("make", "shape", "in_axes", "out_axes"), LAYERS.values(), ids=LAYERS.keys())
 
@@ -91,14 +97,56 @@ def test_an_input_channel_is_all_that_reads_one_input(make, shape, in_axes, out_
     assert sorted(read) == sorted(np.ndindex(*shape[-in_axes:]))
 
 
-@pytest.mark.parametrize(("make", "gates"), [(layers.GRU, 3), (layers.LSTM, 4), (layers.SimpleRNN, 1)])
+# equation, shape of the input, shape of the output
+EINSUMS = [
+    ("abc,cde->abde", (5, 4), (5, 2, 3)),
+    ("abcd,cde->abe", (5, 2, 4), (5, 6)),
+    ("abhd,dho->abo", (5, 2, 4), (5, 6)),
+    ("abc,dce->abde", (5, 4), (5, 2, 3)),
+    ("abc,dc->abd", (5, 4), (5, 6)),
+    ("bgi,gio->bgo", (3, 5), (3, 4)),
+    ("abhd,hed->abhe", (2, 3, 5), (2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("equation", "shape", "output"), EINSUMS)
+def test_the_matrices_of_an_einsum_map_flattened_inputs_to_flattened_outputs(equation, shape, output):
+    model = one_layer(layers.EinsumDense(equation, output), shape)
+    kernel = np.asarray(model.layers[0].kernel)
+    (layout,) = find_prunable(model).layouts.values()
+    matrices = layout.to_matrices(kernel)
+    np.testing.assert_array_equal(layout.from_matrices(matrices), kernel)
+    x = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
+    copies = {"bgi,gio->bgo": 3, "abhd,hed->abhe": 3}.get(equation, 1)
+    assert len(matrices) == copies
+    channels = math.prod(layout.view[axis] for axis in layout.inputs)
+    rows = x.reshape(-1, copies, channels // copies)
+    y = np.einsum("nci,cio->nco", rows, matrices)
+    np.testing.assert_allclose(y.reshape(2, *output), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D])
+def test_the_matrices_of_a_convolutional_lstm_are_its_gates(make):
+    rank = {layers.ConvLSTM1D: 1, layers.ConvLSTM2D: 2, layers.ConvLSTM3D: 3}[make]
+    model = keras.Sequential([keras.Input((3, *(4,) * rank, 2)), make(5, 3), layers.Flatten(), layers.Dense(2)])
+    for layout, kernel in zip(find_prunable(model).layouts.values(), model.layers[0].weights[:2], strict=False):
+        kernel = np.asarray(kernel)
+        matrices = layout.to_matrices(kernel)
+        np.testing.assert_array_equal(matrices, np.stack(np.split(kernel, 4, -1)))
+        np.testing.assert_array_equal(layout.from_matrices(matrices), kernel)
+
+
+@pytest.mark.parametrize(
+    ("make", "gates"), [(layers.GRU, 3), (layers.LSTM, 4), (layers.SimpleRNN, 1), (layers.ConvLSTM1D, 4)]
+)
 def test_an_output_channel_of_a_recurrent_kernel_has_all_gates_of_a_unit(make, gates):
-    model = keras.Sequential([keras.Input((4, 3)), make(5), layers.Dense(2)])
-    groups, _ = cut_into_groups("output_channels", find_prunable(model).layouts)
+    shape, options = ((4, 3), ()) if make is not layers.ConvLSTM1D else ((4, 6, 3), (3,))
+    model = keras.Sequential([keras.Input(shape), make(5, *options), layers.Dense(2)])
+    groups, _ = cut_into_groups("output_channels", find_prunable(model, filters="lstm|gru|rnn").layouts)
     assert len(groups) == 2
     for group in groups.values():
         mask = group.spread(np.arange(5) != 2)
-        removed = [column for column in range(5 * gates) if not mask[:, column].any()]
+        removed = [column for column in range(5 * gates) if not mask[..., column].any()]
         assert removed == [2 + 5 * gate for gate in range(gates)]
 
 
@@ -153,6 +201,43 @@ def test_of_every_four_weights_along_the_input_no_more_than_two_are_kept(shape, 
     assert not (mask & ~best).any()
     if sparsity == 0.5:
         np.testing.assert_array_equal(mask, best)
+
+
+# 4 heads of 3 channels: no multiple of 4 within a head. The second kernel has the channels before the heads.
+@pytest.mark.parametrize(("equation", "order"), [("abhd,hdo->abo", (0, 1, 2)), ("abhd,dho->abo", (1, 0, 2))])
+@pytest.mark.parametrize(
+    "structure", [tf_prune.NofM(2, 4), tf_prune.NofM(1, 3), tf_prune.Blocks(4), tf_prune.Blocks(3)]
+)
+def test_patterns_and_blocks_of_an_attention_output_run_along_all_of_its_inputs(equation, order, structure):
+    model = one_layer(layers.EinsumDense(equation, (5, 6)), (5, 4, 3))
+    if order != (0, 1, 2) and structure in (tf_prune.NofM(2, 4), tf_prune.Blocks(4)):
+        with pytest.raises(ValueError, match="3 is not a multiple of 4, within the last of 2 axes"):
+            tf_prune.prune(model, "magnitude", 0.5, structure=structure)
+        return
+    weights = abs(np.asarray(model.layers[0].kernel)).transpose(order).reshape(12, 6)
+    m = structure.m if isinstance(structure, tf_prune.NofM) else structure.inputs
+    sparsity = 1 - structure.n / m if isinstance(structure, tf_prune.NofM) else 0.5
+    ((_, mask),) = tf_prune.prune(model, "magnitude", sparsity, structure=structure).masks.items()
+    runs = weights.reshape(12 // m, m, 6)
+    if isinstance(structure, tf_prune.NofM):
+        expected = runs >= np.sort(runs, axis=1)[:, [m - structure.n]]
+    else:
+        sums = runs.sum(1, keepdims=True)
+        expected = np.broadcast_to(sums >= np.sort(sums.ravel())[sums.size // 2], runs.shape)
+    np.testing.assert_array_equal(mask.transpose(order).reshape(runs.shape), expected)
+
+
+@pytest.mark.parametrize("attention", [layers.MultiHeadAttention, layers.GroupQueryAttention], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("structure", sorted(set(tf_prune.STRUCTURES) - {"1x16"}))
+def test_every_structure_prunes_attention(attention, structure):
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((6, 8))
+    sizes = (2, 4) if attention is layers.MultiHeadAttention else (4, 4, 2)
+    x = attention(*sizes, name="attention")(x, x)
+    model = keras.Model(inputs, layers.Dense(4, name="head")(layers.Flatten()(x)))
+    report = tf_prune.prune(model, "magnitude", 0.5, structure=structure, filters="query|key|value|output")
+    assert len(report.masks) == 4
+    assert report.groups.num_kept == report.groups.num_weights // 2
 
 
 def test_n_of_m_tightens_step_by_step_when_it_is_pruned_in_steps():

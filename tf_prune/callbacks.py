@@ -3,7 +3,7 @@
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -14,7 +14,7 @@ from tf_prune.enforcement import apply_masks
 from tf_prune.evidence import mask_again, masks_of, sparsity_of_model
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
-from tf_prune.prunable import Filters, find_prunable
+from tf_prune.prunable import Filters, Include, find_prunable
 from tf_prune.pruning import Pruner, PruningReport, Scope
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
@@ -70,7 +70,7 @@ class PruningCallback(HoldMasks):
         scope: How what is removed is shared out over the layers; as in `tf_prune.prune`.
         structure: What is pruned together; as in `tf_prune.prune`.
         filters: Which layers; see `find_prunable`.
-        include: What is prunable only on request; see `find_prunable`.
+        include: What is prunable only on request, such as kernels of one's own layers; see `find_prunable`.
         dropout: Whether dropout and noise layers act while scoring.
         verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 
@@ -87,7 +87,7 @@ class PruningCallback(HoldMasks):
         scope: Scope = "global",
         structure: str | Structure | None = None,
         filters: Filters = None,
-        include: Sequence[str] = (),
+        include: Include = (),
         dropout: bool = False,
         verbose: int = 1,
     ):
@@ -166,6 +166,7 @@ class FreezeSparsity(HoldMasks):
 
     Args:
         filters: Which layers; see `find_prunable`.
+        include: Which other weights, such as kernels of one's own layers; see `find_prunable`.
 
     Raises:
         ValueError: When `fit` begins, if no weight is zero.
@@ -178,9 +179,10 @@ class FreezeSparsity(HoldMasks):
     -0.0
     """
 
-    def __init__(self, filters: Filters = None):
+    def __init__(self, filters: Filters = None, include: Include = ()):
         super().__init__()
         self.filters = filters
+        self.include = include
         self._begins = True
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -191,8 +193,9 @@ class FreezeSparsity(HoldMasks):
         """Attaches the masks, the first time."""
         if not self._begins:
             return
-        zeros = masks_of(self.model, from_zeros=True)
-        masks = {path: zeros[path] for path in find_prunable(self.model, self.filters).prunable}
+        survey = find_prunable(self.model, self.filters, self.include)
+        survey.warn_of_unknown()
+        masks = {path: keras.ops.convert_to_numpy(kernel) != 0 for path, kernel in survey.prunable.items()}
         if all(mask.all() for mask in masks.values()):
             raise ValueError(
                 "FreezeSparsity found no weight that is zero, so there is nothing to keep. Prune the model first, or "

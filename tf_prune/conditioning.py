@@ -15,24 +15,26 @@ from tf_prune.enforcement import apply_masks
 from tf_prune.evidence import masks_of
 from tf_prune.initializers import INITIALIZERS
 from tf_prune.isometry import LayerGain, MaskedIsometry
+from tf_prune.layouts import TRANSPOSED
 from tf_prune.masks import Masks
 from tf_prune.matching import fitted
-from tf_prune.prunable import TRANSPOSED, Filters, find_prunable
+from tf_prune.prunable import Filters, Include, find_prunable
 from tf_prune.structures import Layout
 
 
-def reinitialize(model: keras.Model, initializer: Any, *, filters: Filters = None) -> None:
+def reinitialize(model: keras.Model, initializer: Any, *, filters: Filters = None, include: Include = ()) -> None:
     """Draws the kernels of a built model anew, in place; masks that it has stay, and pruned weights are zero.
 
     Each kernel is a draw of its own, and so is each gate of a recurrent one, each group of a grouped convolution, each
     channel of a depthwise one: the initializer gets their shapes `(*window, inputs, outputs)`, and from those the fans.
-    Biases, normalization and embeddings stay as they are; so does the state of an optimizer.
+    Biases, normalization and embeddings stay as they are unless included; so does the state of an optimizer.
 
     Args:
         model: A built `keras.Model`.
         initializer: A `keras.initializers.Initializer`, one of `tf_prune.INITIALIZERS` or its name there, such as
             `"orthogonal"`. Its seed, if it has one, decides all kernels; they still differ from each other.
         filters: Which layers; see `find_prunable`.
+        include: Which other weights, such as kernels of one's own layers; see `find_prunable`.
 
     Raises:
         ValueError: If the initializer is unknown, or gives values that are not finite; the model is unchanged then.
@@ -45,7 +47,7 @@ def reinitialize(model: keras.Model, initializer: Any, *, filters: Filters = Non
     Source: Lee et al. 2020, footnote 1 re-initializes pruned networks before training. For recurrent layers Keras
     itself draws the gates as one matrix, whose fan-out is that of all of them.
     """
-    survey = find_prunable(model, filters)
+    survey = find_prunable(model, filters, include)
     draw = _drawing(initializer)
     kernels = {}
     for path, variable in survey.prunable.items():
@@ -118,6 +120,7 @@ def condition(
     *,
     gain: float = 1.0,
     max_iterations: int = 300,
+    include: Include = (),
     verbose: int = 1,
 ) -> ConditioningReport:
     """Makes the sparse layers of a model near-isometric, in place, by their kept weights alone; without data.
@@ -134,6 +137,7 @@ def condition(
         masks: Mapping of path to boolean arrays, which are attached; `None` takes those that the model has.
         gain: g, of all singular values: 1, or the `mean_field_gain` of the activation.
         max_iterations: At most so many for each kernel.
+        include: Which other weights that have masks, such as kernels of one's own layers; see `find_prunable`.
         verbose: 1 shows a progress bar over the kernels.
 
     Returns:
@@ -156,7 +160,7 @@ def condition(
         raise ValueError(f"gain must be a positive number, got {gain!r}.")
     if not (isinstance(max_iterations, int) and max_iterations > 0):
         raise ValueError(f"max_iterations must be a positive integer, got {max_iterations!r}.")
-    survey = find_prunable(model)
+    survey = find_prunable(model, include=include)
     masks = masks_of(model) if masks is None else fitted(model, Masks(masks))
     chosen = {path: masks[path] for path in survey.prunable if path in masks}
     if not chosen:
@@ -173,7 +177,7 @@ def condition(
             what = "zero" if np.isfinite(kernel).all() else "not finite"
             raise ValueError(f"The kept weights of {path} are {what}. Begin with reinitialize(model, ...).")
         if mask.any():
-            problem = _isometry(survey.layouts[path], survey.layers[path], mask, gain)
+            problem = _isometry(survey.layouts[path], survey.layers[path], path, mask, gain)
             kernels[path], layers[path] = problem.solve(kernel, max_iterations, lambda _: bar.add(1))
             layers[path] = _with_dead(layers[path], survey.layouts[path], mask)
         bar.update((i + 1) * max_iterations)  # most end before
@@ -181,10 +185,12 @@ def condition(
     return ConditioningReport(layers)
 
 
-def _isometry(layout: Layout, layer: keras.Layer, mask: np.ndarray, gain: float) -> MaskedIsometry:
+def _isometry(layout: Layout, layer: keras.Layer, path: str, mask: np.ndarray, gain: float) -> MaskedIsometry:
     if isinstance(layer, TRANSPOSED):  # its stride is on the side of its outputs: take the adjoint
         layout = dataclasses.replace(layout, inputs=layout.outputs, outputs=layout.inputs)
-    return MaskedIsometry(layout, mask, tuple(getattr(layer, "strides", ())), gain)
+    # The state of a ConvLSTM has the size of its output: what reads it takes no strides.
+    strides = () if path.endswith("/recurrent_kernel") else tuple(getattr(layer, "strides", ()))
+    return MaskedIsometry(layout, mask, strides, gain)
 
 
 def _with_dead(layer: LayerGain, layout: Layout, mask: np.ndarray) -> LayerGain:
@@ -204,6 +210,7 @@ class ConditionBeforeTraining(keras.callbacks.Callback):
         gain: As in `condition`.
         max_iterations: As in `condition`.
         verbose: As in `condition`.
+        include: As in `condition`.
 
     Attributes:
         report: The `ConditioningReport`, or `None` if nothing was conditioned.
@@ -215,11 +222,12 @@ class ConditionBeforeTraining(keras.callbacks.Callback):
     True
     """
 
-    def __init__(self, gain: float = 1.0, max_iterations: int = 300, verbose: int = 1):
+    def __init__(self, gain: float = 1.0, max_iterations: int = 300, verbose: int = 1, include: Include = ()):
         super().__init__()
         self.gain = gain
         self.max_iterations = max_iterations
         self.verbose = verbose
+        self.include = include
         self.report: ConditioningReport | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -231,4 +239,10 @@ class ConditionBeforeTraining(keras.callbacks.Callback):
                 "ConditionBeforeTraining found no masks. Put it behind the callback that prunes: "
                 "callbacks=[SnipPruning(...), ConditionBeforeTraining()]."
             )
-        self.report = condition(self.model, gain=self.gain, max_iterations=self.max_iterations, verbose=self.verbose)
+        self.report = condition(
+            self.model,
+            gain=self.gain,
+            max_iterations=self.max_iterations,
+            include=self.include,
+            verbose=self.verbose,
+        )

@@ -1,7 +1,7 @@
 """`Masked`: a layer whose masks are weights of the model and travel in its file."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -9,7 +9,7 @@ import numpy as np
 
 from tf_prune.enforcement import apply_masks, hold
 from tf_prune.evidence import masks_of
-from tf_prune.prunable import check_model, find_kernels, owners_of
+from tf_prune.prunable import Include, check_include, check_model, find_kernels, owners_of, weights_by_path
 
 
 @keras.saving.register_keras_serializable(package="tf_prune")
@@ -27,6 +27,9 @@ class Masked(keras.layers.Wrapper):
     Args:
         layer: Any layer that has kernels, also a composite one, such as `Bidirectional`, with all that is inside; it
             can have any arguments in its call.
+        include: Which other weights get a mask, such as kernels of a layer of one's own; see `find_prunable`.
+        positions: The same as positions in `layer.weights`: what is left of `include` in the configuration of a layer
+            that is built, so that it can be saved with a predicate, too.
         **options: Of `keras.layers.Layer`. The name is that of the layer unless given.
 
     Attributes:
@@ -39,7 +42,9 @@ class Masked(keras.layers.Wrapper):
     Source: Lee et al. 2019, Eq. 4 and 5, for the auxiliary indicator c and dL/dc.
     """
 
-    def __init__(self, layer: keras.Layer, **options: Any):
+    def __init__(
+        self, layer: keras.Layer, include: Include = (), positions: Sequence[int] | None = None, **options: Any
+    ):
         if isinstance(layer, Masked):
             raise ValueError(f"The layer {layer.name!r} is masked already.")
         if isinstance(layer, keras.Layer):
@@ -49,6 +54,8 @@ class Masked(keras.layers.Wrapper):
         super().__init__(layer, **options)
         object.__setattr__(self, "build", functools.wraps(layer.build)(functools.partial(self.build)))
         self.supports_masking = layer.supports_masking
+        self._include = include
+        self._positions = None if positions is None else tuple(positions)
         self.masks: list[keras.Variable] = []
 
     def build(self, *shapes: Any, **named_shapes: Any) -> None:
@@ -56,8 +63,16 @@ class Masked(keras.layers.Wrapper):
         self.layer._parent_path = self._parent_path  # its weights are called as they were without the wrapper
         if not self.layer.built:
             self.layer.build(*shapes, **named_shapes)
+        if self._positions is None:
+            included = find_kernels(self.layer, check_include(self.layer, self._include))
+            self._positions = _positions(self.layer, included.values())
+        if max(self._positions, default=-1) >= len(self.layer.weights):
+            raise ValueError(
+                f"{self.name!r} was saved with masks of the weights {self._positions} of its layer, which has only "
+                f"{len(self.layer.weights)} weights now. Load it with the code that it was saved with."
+            )
         owners = owners_of(self.layer)
-        for path, kernel in find_kernels(self.layer, ("embeddings",)).items():
+        for path, kernel in self._kernels().items():
             name = path.removeprefix(f"{self.layer.path}/").replace("/", "_").replace("@", "_")
             mask = self.add_weight(
                 kernel.shape, "ones", "float32", trainable=False, autocast=False, name=f"{name}_mask"
@@ -67,8 +82,14 @@ class Masked(keras.layers.Wrapper):
         if not self.masks:
             raise ValueError(
                 f"The layer {self.layer.name!r} ({type(self.layer).__name__}) has no kernel that could be masked. "
-                "Wrap dense, convolutional, recurrent, attention or embedding layers."
+                "Wrap dense, convolutional, recurrent, attention or embedding layers, or say with include=... which "
+                f"weights of your own layer are kernels: {', '.join(weights_by_path(self.layer)) or 'it has none'}."
             )
+
+    def get_config(self) -> dict[str, Any]:
+        """That of the wrapper, and which other weights than the known kernels have masks."""
+        options = {"include": self._include} if self._positions is None else {"positions": list(self._positions)}
+        return {**super().get_config(), **options}
 
     def get_build_config(self) -> dict[str, Any] | None:
         """That of the layer."""
@@ -78,7 +99,7 @@ class Masked(keras.layers.Wrapper):
         """Builds the layer as it does it itself, and then the masks; a layer that was quantized has none."""
         if not self.layer.built:
             self.layer.build_from_config(config)
-        if find_kernels(self.layer, ("embeddings",)):
+        if self._kernels():
             self.build()
         else:
             self.built = True
@@ -86,7 +107,7 @@ class Masked(keras.layers.Wrapper):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if all(mask.value is mask._value for mask in self.masks):
             return self.layer(*args, **kwargs)
-        gates = {id(v): mask.value for v, mask in zip(self._kernels(), self.masks, strict=True)}
+        gates = {id(v): mask.value for v, mask in zip(self._kernels().values(), self.masks, strict=True)}
         values = [
             v.value * keras.ops.cast(gates[id(v)], v.dtype) if id(v) in gates else v.value for v in self.layer.variables
         ]
@@ -100,8 +121,10 @@ class Masked(keras.layers.Wrapper):
             variable.assign(scope.get_current_value(variable))
         return outputs
 
-    def _kernels(self) -> list[keras.Variable]:
-        return list(find_kernels(self.layer, ("embeddings",)).values())
+    def _kernels(self) -> dict[str, keras.Variable]:
+        included = {id(v) for i, v in enumerate(self.layer.weights) if i in (self._positions or ())}
+        known = find_kernels(self.layer, ("embeddings",))
+        return {p: v for p, v in weights_by_path(self.layer).items() if p in known or id(v) in included}
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """That of the layer; a mask of time steps, not of weights."""
@@ -126,7 +149,13 @@ class Masked(keras.layers.Wrapper):
             mask.assign(bits.reshape(mask.shape).astype("float32"))
 
 
-def wrap(model: keras.Model) -> keras.Model:
+def _positions(layer: keras.Layer, variables: Iterable[keras.Variable]) -> tuple[int, ...]:
+    """Where those that are no known kernels are among the layer's weights: the same in each layer made like it."""
+    ids = {id(variable) for variable in variables} - {id(v) for v in find_kernels(layer, ("embeddings",)).values()}
+    return tuple(i for i, variable in enumerate(layer.weights) if id(variable) in ids)
+
+
+def wrap(model: keras.Model, include: Include = ()) -> keras.Model:
     """A copy of the model in which each layer that has kernels is `Masked`; weights and masks are the model's.
 
     The copy is a new model, not compiled. `score` and `prune` give the same on both; the paths of weights are those
@@ -134,20 +163,30 @@ def wrap(model: keras.Model) -> keras.Model:
 
     Args:
         model: A built Sequential or functional `keras.Model`, also with such models inside.
+        include: Which other weights get masks, such as kernels of one's own layers; see `find_prunable`. What has a
+            mask already needs none of it.
 
     Raises:
-        ValueError: If the model, or one inside, is subclassed: there write `Masked(layer)` into its own code.
+        ValueError: If a part of `include` asks for nothing. If the model, or one inside, is subclassed: there write
+            `Masked(layer)` into its own code.
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="logits")])
     >>> wrap(model).get_layer("logits")
     <Masked name=logits, built=True>
     """
+    check_model(model)
+    included = find_kernels(model, check_include(model, include))
+    weights = weights_by_path(model)
+    chosen = [*included.values(), *(weights[path] for path in masks_of(model))]
+    ids = {id(variable) for variable in chosen}
 
     def masked(layer: keras.Layer) -> keras.Layer:
         copy = _copy(layer)
         # A functional model can have operations that are no layers.
-        is_plain = isinstance(layer, keras.Layer) and not isinstance(layer, Masked)
-        return Masked(copy) if is_plain and find_kernels(layer, ()) else copy
+        if not isinstance(layer, keras.Layer) or isinstance(layer, Masked):
+            return copy
+        has_mask = not ids.isdisjoint(map(id, layer.weights))
+        return Masked(copy, positions=_positions(layer, chosen)) if has_mask else copy
 
     return _rebuilt(model, masked)
 
@@ -184,10 +223,12 @@ def _rebuilt(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) 
             raise ValueError(_not_rebuilt(model, str(error).splitlines()[0])) from error
     if [type(m) for m in _models_in(new)] != [type(m) for m in _models_in(model)]:
         raise ValueError(_not_rebuilt(model, "a class of its own would be lost"))
+    old_paths, new_paths = ({id(v): path for path, v in weights_by_path(m).items()} for m in (model, new))
+    paths = {}
     for old_variable, variable in zip(_without_masks(model), _without_masks(new), strict=True):
         variable.assign(old_variable)
+        paths[old_paths[id(old_variable)]] = new_paths[id(variable)]
     masks = masks_of(model)
-    paths = dict(zip(find_kernels(model), find_kernels(new), strict=True))
     if not all(mask.all() for mask in masks.values()):
         apply_masks(new, {paths[path]: mask for path, mask in masks.items()})
     return new

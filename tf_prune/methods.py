@@ -282,6 +282,7 @@ METHODS: dict[str, Callable[[], Criterion | Iterative]] = {
     "synflow": SynFlow,
     "loss_preservation": LossPreservation,
     "gradient_norm_preservation": GradientNormPreservation,
+    "squared_gradient": SquaredGradient,
     "optimal_brain_damage": OptimalBrainDamage,
     "magnitude": Magnitude,
     "random": Random,

@@ -1,36 +1,28 @@
-"""Which variables of a model can be pruned, and how their axes lie; for each other one, why not."""
+"""Which variables of a model can be pruned; for each other one, why not."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import layers
 
+from tf_prune.layouts import CELLS, kind_of, layout_of, why_no_kernel
 from tf_prune.scopes import check_sparsity
-from tf_prune.structures import Kind, Layout
+from tf_prune.structures import Layout
 
 Filters = str | Sequence[str] | Callable[[keras.Layer], bool] | None
+_Inclusion = str | Callable[[keras.Layer, keras.Variable], bool]
+Include = _Inclusion | Sequence[_Inclusion]
 
 # What is prunable only when it is asked for, by the name under which it is.
 INCLUDE = ("embeddings", "quirk_biases")
-
-_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-_SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
-_CELLS = (layers.GRUCell, layers.LSTMCell, layers.SimpleRNNCell)
-
-# A subclass counts as its parent: a layer of the user's own that extends Dense is prunable.
-_KERNELS: list[tuple[tuple[type, ...], dict[str, Kind]]] = [
-    (_SEPARABLE, {"depthwise_kernel": "depthwise", "pointwise_kernel": "convolution", "bias": "bias"}),
-    (_CELLS, {"kernel": "recurrent", "recurrent_kernel": "recurrent"}),
-    (_DEPTHWISE, {"kernel": "depthwise", "bias": "bias"}),
-    ((*_CONVOLUTIONS, *TRANSPOSED), {"kernel": "convolution", "bias": "bias"}),
-    ((layers.Dense, layers.EinsumDense), {"kernel": "dense", "bias": "bias"}),
-    ((layers.Embedding,), {"embeddings": "embedding"}),
-]
+# Left dense, a share of u keeps the sparsity of the whole below 1 - u. Under a tenth of the weights, which position
+# tables and gates of one's own seldom are above, a sparsity of 90 % is still one of more than 80 %.
+_NOTICEABLE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +34,32 @@ class Survey:
         skipped: Mapping of path to the reason why this variable is left alone.
         layouts: Mapping of the prunable paths to which axes are inputs and which outputs.
         layers: Mapping of the prunable paths to the layers that own them.
+        unknown: Mapping of path to variable of those skipped that may be kernels of layers that are not Keras's own.
+        num_weights: Of the whole model, without masks.
     """
 
     prunable: dict[str, keras.Variable]
     skipped: dict[str, str]
     layouts: dict[str, Layout]
     layers: dict[str, keras.Layer]
+    unknown: dict[str, keras.Variable]
+    num_weights: int
+
+    def warn_of_unknown(self, stacklevel: int = 2) -> None:
+        """Warns if a noticeable share of what may connect units is skipped, because the layers are not known."""
+        if not self.unknown:
+            return
+        skipped = _size(self.unknown.values())
+        share = skipped / (skipped + _size(v for path, v in self.prunable.items() if self.layouts[path].kind != "bias"))
+        if share < _NOTICEABLE:
+            return
+        reasons = ", ".join(dict.fromkeys(self.skipped[path] for path in self.unknown))
+        warnings.warn(
+            f"{share:.0%} of the weights that may connect units are left as they are, and count in no sparsity: "
+            f"{_listed(self.unknown)} ({reasons}). Prune them with include={_pattern(self.unknown)}, or leave their "
+            "layers out with filters=..., if that is how it shall be.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def check_model(model: object) -> None:
@@ -67,6 +79,13 @@ def check_model(model: object) -> None:
             f"The model {model.name!r} has no weights yet, so there is nothing to prune. Build it first: give it an "
             "Input, call it once on a batch, or call `model.build(input_shape)`."
         )
+    # Where Keras cannot tell the shape behind a layer, it leaves the rest of a Sequential without weights, in silence.
+    unbuilt = [layer.name for layer in getattr(model, "layers", ()) if not layer.built]
+    if isinstance(model, keras.Sequential) and unbuilt:
+        raise ValueError(
+            f"Keras built only a part of {model.name!r}: {_listed(unbuilt)} have no weights yet. Call the model once "
+            "on a batch, or write compute_output_shape for your own layer before them."
+        )
 
 
 def matches(layer: keras.Layer, filters: Filters) -> bool:
@@ -79,7 +98,7 @@ def matches(layer: keras.Layer, filters: Filters) -> bool:
     return any(re.search(pattern, layer.name) for pattern in patterns)
 
 
-def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
+def weights_by_path(model: keras.Layer) -> dict[str, keras.Variable]:
     """Every weight of the model under the key that scores and masks use for it, in model order.
 
     That is `variable.path`. Two variables can share a path when two sub-models name their layers alike; the second is
@@ -93,7 +112,7 @@ def weights_by_path(model: keras.Model) -> dict[str, keras.Variable]:
     return weights
 
 
-def owners_of(model: keras.Model) -> dict[int, keras.Layer]:
+def owners_of(model: keras.Layer) -> dict[int, keras.Layer]:
     """The layer that owns each variable, by the variable's id."""
     return {
         id(variable): layer
@@ -102,64 +121,106 @@ def owners_of(model: keras.Model) -> dict[int, keras.Layer]:
     }
 
 
-def _kind(layer: keras.Layer | None, variable: keras.Variable) -> Kind | None:
-    """What this variable is to its layer; `None` if it is nothing that can be pruned."""
-    kinds = next((kinds for classes, kinds in _KERNELS if isinstance(layer, classes)), {})
-    return kinds.get(variable.name)
+def _is_chosen(layer: keras.Layer, variable: keras.Variable, include: Sequence[_Inclusion]) -> bool:
+    """Whether a pattern or a predicate asks for this variable; the names of groups do not."""
+    return any(
+        bool(one(layer, variable)) if callable(one) else one not in INCLUDE and bool(re.search(one, variable.path))
+        for one in include
+    )
 
 
-def _why_not(layer: keras.Layer | None, variable: keras.Variable, include: Sequence[str]) -> str | None:
+def _why_not(layer: keras.Layer | None, variable: keras.Variable, include: Sequence[_Inclusion]) -> str | None:
     """Why this variable is left alone, or `None` if it is a float kernel."""
-    kind = _kind(layer, variable)
-    if kind == "embedding" and "embeddings" not in include:
-        return 'an embedding table: pruned only with include=["embeddings"]'
-    if kind is None or (kind == "bias" and "quirk_biases" not in include):
-        if layer is None:
-            return "no layer of the model owns it"
-        if not variable.trainable and variable.name.endswith("_mask"):
-            return "a mask"
-        if len(variable.shape) < 2 or variable.name == "bias":
-            return "a bias, scale, statistic or state: not a connection between units"
-        return f"no known kernel of a {type(layer).__name__} layer"
+    if layer is None:
+        return "no layer of the model owns it"
+    kind = kind_of(layer, variable)
+    reason = None
+    if kind == "embedding":
+        reason = None if "embeddings" in include else 'an embedding table: pruned only with include=["embeddings"]'
+    elif kind == "bias" and "quirk_biases" not in include:
+        return "a bias, scale, statistic or state: not a connection between units"
+    elif isinstance(layer, layers.STFTSpectrogram):
+        reason = f'a Fourier transform: pruned only with include=["{variable.name}"]'
+    elif kind is None:
+        no_kernel = why_no_kernel(layer, variable)
+        if no_kernel:
+            return no_kernel
+        reason = _unknown(layer)
+    if reason and not _is_chosen(layer, variable, include):
+        return reason
     return None if keras.backend.is_float_dtype(variable.dtype) else f"quantized to {variable.dtype}"
 
 
-def find_kernels(model: keras.Model, include: Sequence[str] = INCLUDE) -> dict[str, keras.Variable]:
-    """The float variables of the model that can have a mask, frozen ones too; there may be none."""
-    owners = owners_of(model)
+def _unknown(layer: keras.Layer) -> str:
+    return f"no known kernel of a {type(layer).__name__} layer"
+
+
+def _size(variables: Iterable[keras.Variable]) -> int:
+    return sum(math.prod(variable.shape) for variable in variables)
+
+
+def _listed(paths: Iterable[str], most: int = 8) -> str:
+    paths = list(paths)
+    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+
+
+def _pattern(variables: Mapping[str, keras.Variable]) -> str:
+    """What to write for `include`, to have these."""
+    if len(variables) == 1:
+        return repr(next(iter(variables.values())).path)
+    return repr([f"/{name}$" for name in dict.fromkeys(variable.name for variable in variables.values())])
+
+
+def check_include(model: keras.Layer, include: Include) -> tuple[_Inclusion, ...]:
+    """What is included, as a tuple; raises if a part of it asks for no kernel of the model."""
+    parts = _parts(include)
+    for part in parts:
+        if not isinstance(part, str) and not callable(part):
+            raise ValueError(
+                f"include must be {', '.join(map(repr, INCLUDE))}, a regular expression that is searched in the paths "
+                f"of weights, a callable (layer, variable) -> bool, or a list of such; got {part!r}."
+            )
+        if callable(part) or part not in INCLUDE:
+            _check_asks_for_something(model, part)
+    return parts
+
+
+def _check_asks_for_something(model: keras.Layer, part: _Inclusion) -> None:
+    owners, by_path = owners_of(model), weights_by_path(model)
+    owned = {path: (owners[id(v)], v) for path, v in by_path.items() if id(v) in owners}
+    try:
+        chosen = [path for path, (layer, variable) in owned.items() if _is_chosen(layer, variable, (part,))]
+    except re.error as error:
+        raise ValueError(f"include={part!r} is no regular expression: {error}.") from error
+    reasons = {path: _why_not(*owned[path], (part,)) for path in chosen}
+    if not all(reasons.values()):
+        return
+    if reasons:
+        found = "; ".join(f"{path} ({reason})" for path, reason in list(reasons.items())[:4])
+        what = f"chooses nothing that can be pruned, only {found}"
+    else:
+        what = "chooses no weight of the model" if callable(part) else "is no group, and found in the path of no weight"
+    askable = [path for path, one in owned.items() if _why_not(*one, ()) and not _why_not(*one, (lambda *_: True,))]
+    raise ValueError(
+        f"include={part!r} {what}. There are the groups {', '.join(map(repr, INCLUDE))}, and these weights that are "
+        f"pruned only where a pattern or a predicate (layer, variable) -> bool asks for them: "
+        f"{_listed(askable) or 'none in this model'}. Pruned without it are: {_listed(find_kernels(model, ()))}."
+    )
+
+
+def _parts(include: Include) -> tuple[_Inclusion, ...]:
+    return (include,) if isinstance(include, str) or callable(include) else tuple(include)
+
+
+def find_kernels(model: keras.Layer, include: Include = INCLUDE) -> dict[str, keras.Variable]:
+    """The float variables that are kernels, frozen ones too, and what `include` adds; there may be none.
+
+    Args:
+        model: A model, or one layer.
+        include: As in `find_prunable`, but what asks for nothing is no error here.
+    """
+    owners, include = owners_of(model), _parts(include)
     return {p: v for p, v in weights_by_path(model).items() if _why_not(owners.get(id(v)), v, include) is None}
-
-
-def _einsum_axes(equation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes of the kernel that the equation sums over, and those that it puts into the output."""
-    inputs, kernel, output = re.split(",|->", equation.replace(" ", ""))
-    summed = tuple(i for i, letter in enumerate(kernel) if letter in inputs and letter not in output)
-    return summed, tuple(i for i, letter in enumerate(kernel) if letter in output and letter not in inputs)
-
-
-def _layout(layer: keras.Layer, variable: keras.Variable, is_last: bool) -> Layout:
-    kind = _kind(layer, variable)
-    assert kind is not None  # noqa: S101 - for the type checker: only called for what has one
-    shape = tuple(variable.shape)
-    inputs: tuple[int, ...] = (len(shape) - 2,)
-    outputs: tuple[int, ...] = (len(shape) - 1,)
-    view = shape
-    if kind == "bias":
-        inputs = ()
-    elif kind == "recurrent":
-        view = (shape[0], shape[1] // layer.units, layer.units)
-        inputs, outputs = (0,), (2,)
-    elif kind == "depthwise":
-        outputs = (len(shape) - 2, len(shape) - 1)
-    elif isinstance(layer, layers.EinsumDense):
-        inputs, outputs = _einsum_axes(layer.equation)
-    elif isinstance(layer, TRANSPOSED):
-        inputs, outputs = outputs, inputs
-    elif getattr(layer, "groups", 1) > 1:
-        # (window, inputs of a group, groups, outputs of a group)
-        view = (*shape[:-1], layer.groups, shape[-1] // layer.groups)
-        inputs, outputs = (len(shape) - 1, len(shape) - 2), (len(shape) - 1, len(shape))
-    return Layout(kind, shape, view, inputs, outputs, is_last)
 
 
 def _last_kernels(model: keras.Model, kernels: Mapping[int, Any]) -> set[int]:
@@ -189,17 +250,20 @@ def _last_in(layer: keras.Layer, kernels: Mapping[int, Any]) -> set[int]:
         layer = layer.layer
     own = [id(v) for v in layer.variables if id(v) in kernels]
     if isinstance(layer, keras.Model):
-        return _last_kernels(layer, dict.fromkeys(own))
-    recurrent = isinstance(layer, (layers.RNN, layers.Bidirectional, *_CELLS))
-    return set(own if recurrent else own[-1:])
+        return _last_kernels(layer, {one: kernels[one] for one in own})
+    recurrent = isinstance(layer, (layers.RNN, layers.Bidirectional, *CELLS))
+    # Of a layer of one's own nobody knows which of its kernels is the last.
+    is_own = any(kernels[one] is None for one in own)
+    return set(own if recurrent or is_own else own[-1:])
 
 
-def find_prunable(model: keras.Model, filters: Filters = None, include: Sequence[str] = ()) -> Survey:
+def find_prunable(model: keras.Model, filters: Filters = None, include: Include = ()) -> Survey:
     """Lists the kernels that can be pruned, and why each other variable is not.
 
-    Prunable are the kernels of dense, einsum-dense, convolutional (also transposed, depthwise and
-    separable) and recurrent layers, at any depth of nesting; a layer used twice counts once. The first and the last
-    layer, shortcuts and attention are among them, as in the papers.
+    Prunable are the kernels of dense, einsum-dense, convolutional (also transposed, depthwise and separable) and
+    recurrent layers (also convolutional ones), and the untied way back of a `ReversibleEmbedding`, at any depth of
+    nesting; a layer used twice counts once. The first and the last layer, shortcuts and attention are among them, as in
+    the papers. Kernels of layers and cells of one's own are prunable where `include` asks for them.
 
     A key is `variable.path`; see `weights_by_path` for two variables with the same one.
 
@@ -207,12 +271,17 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Sequence
         model: A built `keras.Model`.
         filters: A regular expression that is searched in the layer's name, a list of them, or a
             callable `layer -> bool`, as in `keras.Model.quantize`. `None` chooses every layer.
-        include: What is prunable only when it is asked for: `"embeddings"`, the tables of `keras.layers.Embedding`;
-            `"quirk_biases"`, the biases of these layers, which the release of SNIP prunes and its paper does not name.
+        include: What is prunable only when it is asked for, one of these or a list of them: `"embeddings"`, the tables
+            of `keras.layers.Embedding`; `"quirk_biases"`, the biases of these layers, which the release of SNIP prunes
+            and its paper does not name; any other string is a regular expression that is searched in `variable.path`; a
+            callable `(layer, variable) -> bool` is asked of each variable and the layer that owns it. The latter two
+            add trainable weights of two and more axes of layers that are not Keras's own, and single tables of
+            embeddings. Of such a weight the last two axes are taken for its inputs and outputs, and the others for
+            copies.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.
-        ValueError: If it is not built, or has nothing prunable.
+        ValueError: If it is not built, has nothing prunable, or a part of `include` asks for nothing.
 
     >>> inputs = keras.Input((4,))
     >>> model = keras.Model(inputs, layers.Dense(3, name="head")(inputs))
@@ -220,32 +289,37 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Sequence
     ['head/kernel']
     """
     check_model(model)
-    if isinstance(include, str) or any(name not in INCLUDE for name in include):
-        raise ValueError(f"include must be a list of {', '.join(map(repr, INCLUDE))}; got {include!r}.")
+    include = check_include(model, include)
     owners = owners_of(model)
     prunable: dict[str, keras.Variable] = {}
     skipped: dict[str, str] = {}
+    unknown: dict[str, keras.Variable] = {}
     for path, variable in weights_by_path(model).items():
         layer = owners.get(id(variable))
         reason = _why_not(layer, variable, include)
+        is_chosen = layer is not None and variable.trainable and matches(layer, filters)
         if layer is not None and reason is None and not matches(layer, filters):
             reason = "not chosen by filters"
         elif reason is None and not variable.trainable:
             reason = "frozen: its layer is not trainable"
         if reason is None:
             prunable[path] = variable
-        else:
-            skipped[path] = reason
+            continue
+        skipped[path] = reason
+        if is_chosen and reason == _unknown(layer) and keras.backend.is_float_dtype(variable.dtype):
+            unknown[path] = variable
     if not prunable:
         reasons = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items())
+        hint = f"\nKernels of your own layers are pruned with include={_pattern(unknown)}." if unknown else ""
         raise ValueError(
-            f"The model {model.name!r} has nothing to prune. Each variable, and why it is left:\n{reasons}"
+            f"The model {model.name!r} has nothing to prune. Each variable, and why it is left:\n{reasons}{hint}"
         )
-    kernels = {id(v): v for v in find_kernels(model, ("embeddings",)).values()}
-    last = _last_kernels(model, kernels)
+    kernels = find_kernels(model, ("embeddings", *(part for part in include if part != "quirk_biases")))
+    last = _last_kernels(model, {id(v): kind_of(owners[id(v)], v) for v in kernels.values()})
     own = {path: owners[id(variable)] for path, variable in prunable.items()}
-    layouts = {path: _layout(own[path], variable, id(variable) in last) for path, variable in prunable.items()}
-    return Survey(prunable, skipped, layouts, own)
+    layouts = {path: layout_of(own[path], variable, id(variable) in last) for path, variable in prunable.items()}
+    num_weights = _size(v for path, v in weights_by_path(model).items() if skipped.get(path) != "a mask")
+    return Survey(prunable, skipped, layouts, own, unknown, num_weights)
 
 
 def sparsity_of_each(owners: Mapping[str, keras.Layer], table: Mapping[keras.Layer, float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -18,7 +18,7 @@ from tf_prune.evidence import check_masks_hold, mask_again, masks_of, warn_of_un
 from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
-from tf_prune.prunable import Filters, find_prunable, sparsity_of_each
+from tf_prune.prunable import Filters, Include, find_prunable, sparsity_of_each
 from tf_prune.scopes import TooLowSparsityError, check_sparsity
 from tf_prune.structures import Structure, cut_into_groups
 
@@ -32,7 +32,7 @@ def score(
     loss: Any = None,
     *,
     filters: Filters = None,
-    include: Sequence[str] = (),
+    include: Include = (),
     dropout: bool = False,
 ) -> dict[str, np.ndarray]:
     """Scores every prunable weight and leaves the model exactly as it was, also when an error is raised.
@@ -43,7 +43,7 @@ def score(
         data: An `(x, y)` batch or an iterable of them; not needed by `SynFlow`, `Magnitude` and `Random`.
         loss: As in `prune`.
         filters: Which layers; see `find_prunable`.
-        include: What is scored only on request; see `find_prunable`.
+        include: What is scored only on request, such as kernels of one's own layers; see `find_prunable`.
         dropout: Whether dropout and noise layers act while scoring.
 
     Returns:
@@ -109,6 +109,7 @@ class PruningReport:
         groups: `Masks` of what was pruned together, one entry a group; without a structure, the same.
         skipped: Mapping of path to the reason why this variable was left alone.
         emptied: Paths of the kernels that have no weight left: nothing passes through them.
+        num_model_weights: Of the whole model, with biases and statistics, without masks.
     """
 
     method: str
@@ -117,6 +118,7 @@ class PruningReport:
     groups: Masks
     skipped: dict[str, str]
     emptied: tuple[str, ...]
+    num_model_weights: int
 
     @property
     def sparsity(self) -> float:
@@ -124,11 +126,13 @@ class PruningReport:
         return self.masks.sparsity
 
     def __str__(self) -> str:
-        removed = f"{self.sparsity:.4%} of {self.masks.num_weights:,} weights removed"
+        share = self.masks.num_weights / self.num_model_weights
+        removed = f"{self.sparsity:.4%} of {self.masks.num_weights:,} prunable weights removed"
+        removed += f" ({share:.1%} of the model's {self.num_model_weights:,} are prunable)"
         is_grouped = self.groups.num_weights != self.masks.num_weights
         if is_grouped:
             removed += f", {self.groups.num_kept:,} of {self.groups.num_weights:,} groups kept"
-        table = Table(title=f"{self.method}, {self.scope}: {removed}")
+        table = Table()
         for column in ("kernel", "shape", *(["groups", "kept"] if is_grouped else []), "weights", "kept", "sparsity"):
             table.add_column(column, justify="left" if column in ("kernel", "shape") else "right", overflow="fold")
         for path, mask in self.masks.items():
@@ -140,6 +144,7 @@ class PruningReport:
             table.add_row(path, "x".join(map(str, mask.shape)), *(f"{count:,}" for count in counts), sparsity)
         with io.StringIO() as stream:
             console = Console(file=stream, width=100)
+            console.print(f"{self.method}, {self.scope}: {removed}", markup=False, highlight=False, soft_wrap=True)
             console.print(table)
             reasons: dict[str, list[str]] = {}
             for path, reason in self.skipped.items():
@@ -166,12 +171,13 @@ class Pruner:
         scope: Scope = "global",
         structure: str | Structure | None = None,
         filters: Filters = None,
-        include: Sequence[str] = (),
+        include: Include = (),
         dropout: bool = False,
     ):
         self.model = model
         self._method = as_iterative(method)
         self._survey = find_prunable(model, filters, include)
+        self._survey.warn_of_unknown(stacklevel=3)
         self._groups, self._left = cut_into_groups(structure, self._survey.layouts)
         self._shown_scope = "table" if isinstance(scope, Mapping) else scope
         self._scope = scope
@@ -208,7 +214,8 @@ class Pruner:
         emptied = self._warn_if_cut(masks, sparsity)
         apply_masks(self.model, {**masks_of(self.model), **masks})
         skipped = {**self._survey.skipped, **self._left}
-        return PruningReport(self._method.name, self._shown_scope, masks, kept, skipped, emptied)
+        size = self._survey.num_weights
+        return PruningReport(self._method.name, self._shown_scope, masks, kept, skipped, emptied, size)
 
     def _warn_if_cut(self, masks: Masks, sparsity: float) -> tuple[str, ...]:
         """The kernels of which nothing is left."""
@@ -241,21 +248,22 @@ def prune(
     scope: Scope = "global",
     structure: str | Structure | None = None,
     filters: Filters = None,
-    include: Sequence[str] = (),
+    include: Include = (),
     dropout: bool = False,
     verbose: int = 1,
 ) -> PruningReport:
     """Prunes the model in place and attaches the masks, so that training keeps them.
 
     Of the d prunable weights, ceil(sparsity * d) become zero; exactly the others are kept. With a structure, d counts
-    the groups that are pruned together. On a model that has masks already, pruned weights stay pruned, and count as
+    the groups that are pruned together. It warns where much of the model belongs to layers that it does not know, which
+    are pruned only with `include`. On a model that has masks already, pruned weights stay pruned, and count as
     removed.
 
     Args:
         model: A built `keras.Model`: Sequential, functional, subclassed, nested.
         method: `"snip"`, `"grasp"`, `"force"`, `"iterative_snip"`, `"grasp_it"`, `"synflow"`, `"loss_preservation"`,
-            `"gradient_norm_preservation"`, `"optimal_brain_damage"`, `"magnitude"`, `"random"`, or an object such as
-            `FORCE(num_steps=100)`.
+            `"gradient_norm_preservation"`, `"squared_gradient"`, `"optimal_brain_damage"`, `"magnitude"`, `"random"`,
+            or an object such as `FORCE(num_steps=100)`.
         sparsity: Fraction in [0, 1) to remove.
         data: An `(x, y)` batch or an iterable of them.
         loss: A Keras loss, its name, or a callable; defaults to the compiled loss. `"uniform"` (cross-entropy with the
@@ -270,7 +278,8 @@ def prune(
             `"4_outputs"`, `"output_channels"`, `"input_channels"`, `"hybrid"`, or an object such as
             `Blocks(inputs=8)`.
         filters: Which layers; see `find_prunable`. Kernels of the others do not count in d.
-        include: What is prunable only on request, `"embeddings"` for one; see `find_prunable`.
+        include: What is prunable only on request, such as `"embeddings"`, or kernels of one's own layers by a pattern
+            or a predicate; see `find_prunable`.
         dropout: Whether dropout and noise layers act while scoring.
         verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 

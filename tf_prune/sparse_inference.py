@@ -260,7 +260,7 @@ def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, 
                 "all convolutions",
                 "",
                 "XNNPACK takes its sparse convolutions on ARM and WebAssembly, and never on x86 with AVX",
-                "remove channels (structure='output_channels'), or deploy on ARM",
+                "make the network narrower, or deploy on ARM; zeros are computed with here, whole channels of them too",
             )
         )
     if target != "microcontroller":
@@ -384,7 +384,7 @@ def _why_dense(kernel: Kernel, required: bool) -> tuple[str, str, str] | None:
 
 def _on_a_microcontroller(kernels: tuple[Kernel, ...], encoded: bool) -> list[Obstacle]:
     reason = "TensorFlow Lite for Microcontrollers has no sparse kernels"
-    fix = "remove channels (structure='output_channels'); zeros still make a compressed firmware image smaller"
+    fix = "make the network narrower; zeros, whole channels of them too, only make a compressed firmware image smaller"
     obstacles = [Obstacle("target", "all kernels", "", reason, fix)]
     if encoded:
         reason = "it cannot read sparse tensors, so the file does not load"

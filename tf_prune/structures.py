@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-Kind = Literal["dense", "convolution", "depthwise", "recurrent", "embedding", "bias"]
+# "other" is a kernel of a layer that is not Keras's own, of which only the shape is known.
+Kind = Literal["dense", "convolution", "depthwise", "recurrent", "embedding", "bias", "other"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +25,11 @@ class Layout:
         shape: The kernel's own.
         view: The shape of the kernel with each axis in one part only: the gates of a recurrent kernel, or the groups of
             a grouped convolution, have an axis of their own there.
-        inputs: Axes of `view` along which the inputs are counted.
-        outputs: Axes of `view` along which the outputs are counted.
+        inputs: Axes of `view` along which the inputs are counted, in the order that the layer's input has them.
+        outputs: Axes of `view` along which the outputs are counted, in the order of the layer's output. An axis that is
+            among both counts copies of the same map: experts, heads, the channels of a depthwise convolution.
         is_last: Whether its outputs are the model's.
+        copies: Axes of `view` that count further copies and are no channels: the gates of a recurrent kernel.
     """
 
     kind: Kind
@@ -35,11 +38,39 @@ class Layout:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     is_last: bool = False
+    copies: tuple[int, ...] = ()
+
+    @property
+    def own_inputs(self) -> tuple[int, ...]:
+        """The inputs that are no outputs at the same time."""
+        return tuple(axis for axis in self.inputs if axis not in self.outputs)
+
+    @property
+    def own_outputs(self) -> tuple[int, ...]:
+        """The outputs that are no inputs at the same time."""
+        return tuple(axis for axis in self.outputs if axis not in self.inputs)
+
+    @property
+    def flat(self) -> "Layout":
+        """The same with a single axis for the inputs, and for the outputs, where theirs follow each other in `view`."""
+        runs = [part for part in (self.own_inputs, self.own_outputs) if part and part == _range(part[0], len(part))]
+        view, new = list[int](), dict[int, int]()
+        for axis, size in enumerate(self.view):
+            if any(axis in run[1:] for run in runs):
+                view[-1] *= size
+            else:
+                view.append(size)
+            new[axis] = len(view) - 1
+        inputs, outputs, copies = (
+            tuple(dict.fromkeys(new[axis] for axis in part)) for part in (self.inputs, self.outputs, self.copies)
+        )
+        return dataclasses.replace(self, view=tuple(view), inputs=inputs, outputs=outputs, copies=copies)
 
     def to_matrices(self, kernel: np.ndarray) -> np.ndarray:
         """The kernel as independent matrices: an array (number of them, *window, inputs, outputs).
 
-        There is one for each gate of a recurrent layer, group of a grouped convolution, and channel of a depthwise one.
+        There is one for each gate of a recurrent layer, group of a grouped convolution, channel of a depthwise one, and
+        for each expert.
         """
         copies, window, inputs, outputs = self._parts()
         moved = kernel.reshape(self.view).transpose(*copies, *window, *inputs, *outputs)
@@ -54,13 +85,15 @@ class Layout:
 
     def _parts(self) -> tuple[tuple[int, ...], ...]:
         """Axes of `view` that count copies of the same map, its window, its inputs, its outputs."""
-        is_windowed = self.kind in ("convolution", "depthwise")
-        both = set(self.inputs) & set(self.outputs)
-        rest = set(range(len(self.view))) - set(self.inputs) - set(self.outputs)
-        copies = tuple(sorted(both if is_windowed else both | rest))
-        window = tuple(sorted(rest)) if is_windowed else ()
-        inputs, outputs = (tuple(i for i in part if i not in both) for part in (self.inputs, self.outputs))
-        return copies, window, inputs, outputs
+        rest = tuple(i for i in range(len(self.view)) if i not in (*self.inputs, *self.outputs, *self.copies))
+        copies = {*self.copies, *(set(self.inputs) & set(self.outputs))}
+        if self.kind in ("convolution", "depthwise"):
+            return tuple(sorted(copies)), rest, self.own_inputs, self.own_outputs
+        return tuple(sorted({*copies, *rest})), (), self.own_inputs, self.own_outputs
+
+
+def _range(start: int, length: int) -> tuple[int, ...]:
+    return tuple(range(start, start + length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +203,12 @@ class Weights(Structure):
         return Grouping(layout.shape, layout.view)
 
 
-def _split(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
-    """The shape with the axis cut into `(n / size, size)`."""
+def _split(shape: tuple[int, ...], axes: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The shape with the last of these axes cut into `(n / size, size)`: where it fits, runs along all of them do."""
+    axis = axes[-1]
     if shape[axis] % size:
-        raise ValueError(f"{shape[axis]} is not a multiple of {size}")
+        where = f", within the last of {len(axes)} axes that are not in order" if len(axes) > 1 else ""
+        raise ValueError(f"{shape[axis]} is not a multiple of {size}{where}")
     return (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
 
 
@@ -184,14 +219,16 @@ def _no_matrix(layout: Layout) -> str | None:
         "embedding": "an embedding table has no input axis",
         "bias": "a bias has no inputs",
     }
-    if layout.kind not in reasons and not (layout.inputs and layout.outputs):
+    if layout.kind not in reasons and not (layout.own_inputs and layout.own_outputs):
         return "its equation sums over no axis, or makes none"
     return reasons.get(layout.kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class NofM(Structure):
-    """At most n of every m consecutive weights along the input axis: the pattern that sparse tensor cores run.
+    """At most n of every m consecutive weights along the inputs: the pattern that sparse tensor cores run.
+
+    Inputs that are counted by several axes, such as the heads of attention and their channels, are counted through.
 
     The sparsity is at least 1 - n/m. At exactly that each m keep n; above it, weights are removed from those by the
     scope's ranking. Step by step the pattern tightens with the schedule, one weight of each m at a time; inside of a
@@ -219,8 +256,9 @@ class NofM(Structure):
         reason = _no_matrix(layout)
         if reason:
             return reason
-        axis = layout.inputs[-1]
-        return Grouping(layout.shape, _split(layout.view, axis, self.m), at_most=(axis + 1, self.n))
+        layout = layout.flat
+        view = _split(layout.view, layout.own_inputs, self.m)
+        return Grouping(layout.shape, view, at_most=(layout.own_inputs[-1] + 1, self.n))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,17 +291,24 @@ class Blocks(Structure):
         reason = _no_matrix(layout)
         if reason:
             return reason
+        layout = layout.flat
         view, members = layout.view, list[int]()
+        parts = [(layout.own_inputs, self.inputs), (layout.own_outputs, self.outputs)]
         # The later axis first, so that the earlier one still has its number.
-        for axis, size in sorted([(layout.inputs[-1], self.inputs), (layout.outputs[-1], self.outputs)], reverse=True):
-            view = _split(view, axis, size)
-            members = [axis + 1, *(member + 1 for member in members)]
+        for axes, size in sorted(parts, key=lambda part: part[0][-1], reverse=True):
+            view = _split(view, axes, size)
+            members = [axes[-1] + 1, *(member + 1 for member in members)]
         return Grouping(layout.shape, view, tuple(members))
 
 
 def _channels(layout: Layout, axes: tuple[int, ...], what: str) -> Grouping | str:
     if layout.kind == "bias":
         return "a bias is no channel"
+    if layout.kind == "other" and len(layout.shape) > 2:
+        raise ValueError(
+            f"which of its {len(layout.shape)} axes count {what} channels, and which copies or a window, is not known "
+            "of a layer of one's own"
+        )
     grouping = Grouping(layout.shape, layout.view, tuple(i for i in range(len(layout.view)) if i not in axes))
     if math.prod(grouping.group_shape) == 1:
         return f"it has a single {what} channel"
@@ -272,7 +317,11 @@ def _channels(layout: Layout, axes: tuple[int, ...], what: str) -> Grouping | st
 
 @dataclasses.dataclass(frozen=True)
 class OutputChannels(Structure):
-    """Whole filters: all weights into one output, with all gates of a recurrent unit.
+    """Whole filters: all weights into one output. They become zeros; the channel itself, and its bias, stay.
+
+    Of a recurrent layer a group is what one unit has in one kernel, the columns of all its gates. `kernel` and
+    `recurrent_kernel` are pruned each by itself, so a unit that loses its group in one still lives by the other.
+    Experts, and heads that the input has as well, have outputs of their own.
 
     The kernels whose outputs are the model's outputs are left alone. A subclassed model does not say which they are:
     there it is the last kernel in model order, so put the head last, or leave it out with `filters`.
@@ -292,7 +341,7 @@ class OutputChannels(Structure):
 
 @dataclasses.dataclass(frozen=True)
 class InputChannels(Structure):
-    """All weights out of one input: input features are selected.
+    """All weights out of one input: input features are selected. Experts have inputs of their own.
 
     >>> InputChannels().grouping(Layout("dense", (8, 3), (8, 3), (0,), (1,))).group_shape
     (8,)
@@ -307,7 +356,7 @@ class InputChannels(Structure):
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid(Structure):
-    """One structure in convolutions, depthwise ones too, and another one everywhere else.
+    """One structure in convolutions, depthwise and recurrent ones too, and another one everywhere else.
 
     Groups of different sizes are ranked against each other in the global scope; the paper ranks within each layer.
 
