@@ -1,9 +1,11 @@
 """What a user calls `data`, as a stream of checked `(x, y, sample_weight)` batches."""
 
 import copy
+import inspect
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -72,6 +74,7 @@ class Batches:
         if batch_size is not None and data is not None:
             self._data = _Cut(data, batch_size, is_one)
         self._limit = limit
+        self._was_begun = inspect.isgenerator(data) and inspect.getgeneratorstate(data) == inspect.GEN_SUSPENDED
         self._most_unknown = _MOST_UNKNOWN
         self._is_checked = False
         self.example: Any = None
@@ -138,8 +141,14 @@ class Batches:
                 self.example = rows(batch[0], None, 8)
             yield batch
         if bar:
-            bar.target = index + 1  # a generator may end before what was asked for
+            bar.target = bar.target and index + 1  # a generator may end before what was asked for
             bar.update(index + 1, finalize=True)
+        if self._was_begun and most and 0 <= index < most - 1:
+            warnings.warn(
+                f"data is a generator that had been read from before, and it ended after {index + 1} of {most} "
+                "batches. Pass a list, a tf.data.Dataset or a keras.utils.PyDataset, which can be read again.",
+                stacklevel=2,
+            )
         if index < 0:
             raise ValueError("data is empty: it gave no batch. If it is a generator, it may have been read before.")
 
@@ -206,9 +215,10 @@ def _checked(element: Any, index: int) -> Batch:
 
 def _check_no_pair(data: list[Any]) -> None:
     """Raises for `[x, y]`: taken as batches of x alone they would be nonsense."""
-    if len(data) not in (2, 3) or not all(is_array(part) and len(part.shape) for part in data):
+    parts = [data[i] for i in range(len(data))] if len(data) in (2, 3) else []
+    if not parts or not all(is_array(part) and len(part.shape) for part in parts):
         return
-    if len({int(part.shape[0]) for part in data}) == 1 and len({tuple(part.shape[1:]) for part in data}) > 1:
+    if len({int(part.shape[0]) for part in parts}) == 1 and len({tuple(part.shape[1:]) for part in parts}) > 1:
         raise ValueError(
             "data is a list of arrays that are of one length and else differ, like [x, y]. One batch must be a tuple: "
             "(x, y); several inputs are ([a, b], None); and batches of x alone are [(x,), (x,)]."

@@ -95,9 +95,9 @@ def check_values(batch: Batch, index: int = 0) -> None:
             for value in strange:
                 if not isinstance(value, (str, bytes)):
                     raise ValueError(
-                        f"Batch {index} of data has Python objects in its {name}, among them a {type(value).__name__}; "
-                        "expected numbers or strings. Give each column of a table its own array, in a dict, or "
-                        "convert it with .astype('float32')."
+                        f"Batch {index} of data has Python objects in its {name}, among them {value!r} "
+                        f"({type(value).__name__}); expected numbers or strings. Give each column of a table its own "
+                        "array, in a dict, or convert it with .astype('float32')."
                     )
 
 

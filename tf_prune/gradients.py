@@ -33,6 +33,15 @@ def _as_tensor(leaf: Any) -> Any:
     return tf.convert_to_tensor(leaf)
 
 
+def as_numpy(leaf: Any) -> np.ndarray:
+    """An array of any library, ragged and sparse ones filled up with zeros, as one of NumPy."""
+    return keras.ops.convert_to_numpy(_as_tensor(leaf))
+
+
+def _as_dense(leaf: Any) -> Any:
+    return tf.sparse.to_dense(leaf) if isinstance(leaf, tf.SparseTensor) else leaf
+
+
 def _as_ones(leaf: Any) -> Any:
     """Ones in the place of each value; of strings, which have none, the strings themselves."""
     leaf = _as_tensor(leaf)
@@ -44,7 +53,7 @@ def _as_ones(leaf: Any) -> Any:
 
 
 def _describe(part: Any) -> str:
-    leaves = [keras.ops.convert_to_numpy(_as_tensor(la)) for la in keras.tree.flatten(part) if la is not None]
+    leaves = [as_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
     texts = [
         f"{a.dtype}{list(a.shape)}" + (f" from {a.min()} to {a.max()}" if a.size and a.dtype.kind not in "OSU" else "")
         for a in leaves
@@ -276,6 +285,7 @@ class Derivatives:
         self._loss.check(temperature)
 
         def hessian_product(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
+            batch = keras.tree.map_structure(_as_dense, batch)  # TensorFlow derives sparse products only once
             weights = self._masked_weights(masks)
             with tf.GradientTape(watch_accessed_variables=False) as outer:
                 outer.watch(weights)

@@ -28,7 +28,8 @@ class GradualPruning(PruningCallback):
         end: The same. What is left of the run after it trains the final network.
         frequency: How many steps between two prunings, or which fraction of the run.
         data: As in `tf_prune.prune`, for criteria that need examples. Of a generator, without `num_batches`, at most as
-            many batches as an epoch has steps are kept, and read again at each pruning.
+            many batches as an epoch has steps are kept, and read again at each pruning; with it, each takes the next
+            ones, so it must not be the generator that `fit` reads.
         loss: Defaults to the compiled loss.
         verbose: As in `tf_prune.prune`, at each pruning.
         **options: `scope`, `structure`, `filters`, `include`, `dropout`, `num_batches` and `batch_size` as in

@@ -14,7 +14,7 @@ from rich.table import Table
 from tf_prune.batches import Batches, inputs_like
 from tf_prune.criteria import Groups
 from tf_prune.enforcement import apply_masks, masks_of
-from tf_prune.gradients import Derivatives
+from tf_prune.gradients import Derivatives, as_numpy
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
 from tf_prune.prunable import Filters, find_prunable, sparsity_of_each
@@ -84,7 +84,7 @@ def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, 
     fixed = getattr(model, "inputs", None) and model.inputs[0].shape[0]
     if fixed:  # a model of one batch size only
         example = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *np.shape(leaf)[1:])), example)
-    first = keras.ops.convert_to_numpy(keras.tree.flatten(example)[0])
+    first = as_numpy(keras.tree.flatten(example)[0])
     return bool((first == first[:1]).all()) or derivatives.sees_its_input(masks, example)
 
 
@@ -284,8 +284,8 @@ def prune(
         sparsity: Fraction in [0, 1) to remove.
         data: One batch of arrays, `(x, y)` or `(x, y, sample_weight)`, or an iterable of such batches: a list, a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator. Where no labels are needed, x alone or
-            `(x, None)` will do. The parts are what `fit` takes: numbers or strings, of NumPy, TensorFlow, pandas or SciPy, ragged
-            or sparse, and dicts and lists of them.
+            `(x, None)` will do. The parts are what `fit` takes: numbers or strings, of NumPy, TensorFlow, pandas or
+            SciPy, ragged or sparse, and dicts and lists of them.
         loss: A Keras loss, its name, or a callable; defaults to the compiled loss. `"uniform"` (cross-entropy with the
             uniform distribution), `"prediction"` and `"prediction_raw"` (with the network's own prediction, averaged
             over the batch after or before the softmax) need no labels. `"quirk_raw_logit"` is the loss of FORCE's
