@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -327,3 +329,12 @@ def test_progress_is_shown_over_several_batches(capsys, data):
     one.progress = "SNIP"
     assert len(list(one)) == 1
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_cutting_an_array_takes_no_more_memory_than_a_part_of_it():
+    peaks = []
+    for images in (128, 50_000):
+        command = [sys.executable, "-m", "benchmarks.memory", f"--case=resnet8,{images},1,arrays"]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+    assert peaks[1] < 1.3 * peaks[0]

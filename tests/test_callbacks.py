@@ -265,7 +265,7 @@ def test_a_table_of_layers_stays_with_its_model_and_one_of_names_goes_along(make
     assert by_name.report.masks == tf_prune.prune(first, "magnitude", 0.5, scope={first.get_layer("head"): 0.9}).masks
 
 
-@pytest.mark.filterwarnings("ignore:currentThread:DeprecationWarning")  # of KerasTuner
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of KerasTuner, about threads
 @pytest.mark.parametrize("data", DATA_OF_TUNERS.values(), ids=DATA_OF_TUNERS.keys())
 def test_a_tuner_prunes_every_trial(tmp_path, data):
     keras_tuner = pytest.importorskip("keras_tuner")
@@ -275,6 +275,10 @@ def test_a_tuner_prunes_every_trial(tmp_path, data):
         hyperparameters.Float("unused", 0.0, 1.0)
         return helpers.build("mlp")
 
+    class Search(keras_tuner.RandomSearch):
+        def _configure_tensorboard_dir(self, *args):
+            """TensorBoard is not among what TensorFlow installs."""
+
     class Record(keras.callbacks.Callback):
         def on_train_end(self, logs=None):
             sparsities.append(tf_prune.masks_of(self.model).sparsity)
@@ -282,7 +286,7 @@ def test_a_tuner_prunes_every_trial(tmp_path, data):
         def __deepcopy__(self, memo):
             return self
 
-    tuner = keras_tuner.RandomSearch(build, "loss", max_trials=2, directory=tmp_path, overwrite=True)
+    tuner = Search(build, "loss", max_trials=2, directory=tmp_path, overwrite=True)
     tuner.search(
         *helpers.batch(32), epochs=1, verbose=0, callbacks=[tf_prune.SnipPruning(0.8, data, verbose=0), Record()]
     )

@@ -254,7 +254,7 @@ def sparsity_of_each(
 
     Args:
         owners: Mapping of the paths that are pruned to the layers that own them.
-        table: Mapping of layer, or its name, or its path where two have one name, to sparsity; a layer can be a whole
+        table: Mapping of layer, or its name, or the end of its path where two have one name, to sparsity; a layer can be a whole
             sub-model, with all that is inside.
         model: Where the names are looked up.
 
@@ -286,9 +286,9 @@ def _names(owners: Mapping[str, keras.Layer]) -> str:
 
 
 def _named(name: str, model: keras.Model, owners: Mapping[str, keras.Layer]) -> keras.Layer:
-    """The layer of this name or path."""
+    """The layer of this name, or whose path ends so."""
     everything = list({id(layer): layer for layer in model._flatten_layers()}.values())
-    found = [la for la in everything if la.path == name] or [la for la in everything if la.name == name]
+    found = [la for la in everything if name == la.name or f"/{la.path}".endswith(f"/{name}")]
     if not found:
         raise ValueError(f"The scope table names the layer {name!r}, which is not in the model. {_names(owners)}")
     if len(found) > 1:
