@@ -202,6 +202,15 @@ def test_a_table_of_names_says_what_a_table_of_layers_does():
         assert by_layer == tf_prune.prune(again, "magnitude", 0.5, scope={same: 0.75}).masks
 
 
+def test_a_table_of_names_holds_for_wrapped_layers():
+    masks = [
+        tf_prune.prune(model, "magnitude", 0.5, scope={"head": 0.75}).masks
+        for model in (helpers.build("mlp"), tf_prune.wrap(helpers.build("mlp")))
+    ]
+    for plain, wrapped in zip(masks[0].values(), masks[1].values(), strict=True):
+        np.testing.assert_array_equal(plain, wrapped)
+
+
 def test_two_layers_of_one_name_are_told_apart_by_their_paths():
     parts = [keras.Sequential([layers.Dense(4, name="same")], name=name) for name in ("left", "right")]
     model = keras.Sequential([keras.Input((4,)), *parts])

@@ -218,6 +218,8 @@ def _check_no_pair(data: list[Any]) -> None:
     parts = [data[i] for i in range(len(data))] if len(data) in (2, 3) else []
     if not parts or not all(is_array(part) and len(part.shape) for part in parts):
         return
+    if all(len(part.shape) == len(parts[0].shape) > 2 for part in parts):  # sequences or images of other sizes
+        return
     if len({int(part.shape[0]) for part in parts}) == 1 and len({tuple(part.shape[1:]) for part in parts}) > 1:
         raise ValueError(
             "data is a list of arrays that are of one length and else differ, like [x, y]. One batch must be a tuple: "

@@ -254,8 +254,8 @@ def sparsity_of_each(
 
     Args:
         owners: Mapping of the paths that are pruned to the layers that own them.
-        table: Mapping of layer, or its name, or the end of its path where two have one name, to sparsity; a layer can be a whole
-            sub-model, with all that is inside.
+        table: Mapping of layer to sparsity; a layer can be a whole sub-model, with all that is inside. Its name will
+            do, or the end of its path where two have one name.
         model: Where the names are looked up.
 
     Raises:
@@ -289,6 +289,8 @@ def _named(name: str, model: keras.Model, owners: Mapping[str, keras.Layer]) -> 
     """The layer of this name, or whose path ends so."""
     everything = list({id(layer): layer for layer in model._flatten_layers()}.values())
     found = [la for la in everything if name == la.name or f"/{la.path}".endswith(f"/{name}")]
+    inside = {id(part) for la in found for part in la._flatten_layers(include_self=False)}
+    found = [la for la in found if id(la) not in inside]  # a wrapper may be called as what it wraps
     if not found:
         raise ValueError(f"The scope table names the layer {name!r}, which is not in the model. {_names(owners)}")
     if len(found) > 1:
