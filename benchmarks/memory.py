@@ -3,7 +3,8 @@
     python -m benchmarks.memory
 
 Each figure is a process of its own: its peak, less what it had when the model was built. The training step is one of
-`fit` with SGD and momentum. The last lines score over a stream of many batches.
+`fit` with SGD and momentum. The last lines score over a stream of many batches, and over one array that is cut: there
+the peak is that of the whole process, with the array.
 """
 
 import resource
@@ -12,6 +13,7 @@ import sys
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
@@ -55,9 +57,22 @@ def measure(network: str, images: int, batches: int, what: str) -> int:
     return peak() - before
 
 
+def measure_arrays(network: str, images: int) -> int:
+    """The peak where 50,000 images are in memory, and so many of them are scored in batches of 128."""
+    keras.utils.set_random_seed(0)
+    model = models.build(network, (32, 32, 3), 10)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = np.ones((50_000, 32, 32, 3), np.float32), np.arange(50_000) % 10
+    tf_prune.score(model, "snip", (x[:images], y[:images]), batch_size=128)
+    return peak()
+
+
 def main(argv: list[str]) -> None:
     if _CASE.value:
         network, images, batches, what = _CASE.value
+        if what == "arrays":
+            print(measure_arrays(network, int(images)))
+            return
         print(measure(network, int(images), int(batches), what))
         return
 
@@ -75,6 +90,14 @@ def main(argv: list[str]) -> None:
     for batches in (2, 50, 391):
         value = run("resnet8", 128, batches, "SNIP")
         print(f"| resnet8 | 128 | {batches} | SNIP | {value / 2**20:.0f} MiB | |", flush=True)
+    base = run("resnet8", 128, 1, "arrays")
+    for images in (128, 50_000):
+        value = run("resnet8", images, 1, "arrays")
+        print(
+            f"| resnet8 | {images:,} of an array of 50,000 | {-(-images // 128)} | SNIP, batch_size=128 | "
+            f"{value / 2**20:.0f} MiB | {value / base:.2f} of 128 |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
+import copy
+import itertools
+import pickle
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_prune
 from tests import helpers
@@ -172,3 +177,118 @@ def test_a_fit_without_epochs_prunes_too():
     fit(model, callback, epochs=0)
     assert callback.report.masks == tf_prune.masks_of(model)
     assert tf_prune.masks_of(model).num_kept == 128
+
+
+def endless():
+    yield from itertools.cycle(DATA)
+
+
+class EndlessSequence(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, index):
+        return DATA[index % 2]
+
+
+ENDLESS = {
+    "generator": endless,
+    "itertools": lambda: itertools.cycle(DATA),
+    "dataset": lambda: from_generator().repeat(),
+    "unknown dataset": lambda: from_generator(),
+    "sequence": EndlessSequence,
+}
+
+
+def from_generator():
+    specs = (tf.TensorSpec((None, 6, 6, 1)), tf.TensorSpec((None,), tf.int64))
+    return tf.data.Dataset.from_generator(endless, output_signature=specs)
+
+
+@pytest.mark.parametrize("make", ENDLESS.values(), ids=ENDLESS.keys())
+def test_of_endless_data_an_epoch_of_batches_is_read(make):
+    callback = tf_prune.GraspPruning(0.8, make(), verbose=0)  # which reads them twice
+    fit(helpers.build("mlp"), callback)  # of 2 steps
+    assert callback.report.masks == tf_prune.prune(helpers.build("mlp"), "grasp", 0.8, DATA, verbose=0).masks
+
+
+def test_a_callback_reads_as_many_batches_as_it_is_told():
+    callback = tf_prune.SnipPruning(0.8, endless(), num_batches=1)
+    fit(helpers.build("mlp"), callback)
+    assert callback.report.masks == tf_prune.prune(helpers.build("mlp"), "snip", 0.8, DATA[0]).masks
+
+
+def test_a_generator_can_be_both_what_is_trained_on_and_what_is_scored():
+    data = endless()
+    model = helpers.build("mlp")
+    callback = tf_prune.SnipPruning(0.8, data, verbose=0)
+    model.fit(data, steps_per_epoch=2, callbacks=[callback], verbose=0, shuffle=False)
+    assert tf_prune.masks_of(model).num_kept == 128
+
+
+DATA_OF_TUNERS = {
+    "arrays": helpers.batch(32),
+    "dataset": tf.data.Dataset.from_tensor_slices(helpers.batch(32)).batch(16),
+}
+
+
+@pytest.mark.parametrize("data", DATA_OF_TUNERS.values(), ids=DATA_OF_TUNERS.keys())
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_copy_prunes_as_the_callback_itself(data, used_before):
+    callback = tf_prune.SnipPruning(0.8, data, verbose=0)
+    if used_before:
+        fit(helpers.build("mlp", seed=1), callback)
+    copied = copy.deepcopy(callback)
+    for each in (callback, copied):
+        fit(helpers.build("mlp"), each)
+    assert copied.report.masks == callback.report.masks
+    assert copied.data is data
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.filterwarnings("ignore:.*left no weight in")
+def test_a_pickled_callback_prunes_as_the_callback_itself(name):
+    callback = CALLBACKS[name]()
+    fit(helpers.build("mlp"), callback)
+    again = pickle.loads(pickle.dumps(callback))
+    fit(helpers.build("mlp"), again)
+    assert again.report.masks == callback.report.masks
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda callback: callback], ids=["copy", "itself"])
+def test_a_table_of_layers_stays_with_its_model_and_one_of_names_goes_along(make):
+    first, other = helpers.build("mlp"), helpers.build("mlp")
+    callback = make(tf_prune.MagnitudePruning(0.5, scope={first.get_layer("head"): 0.9}))
+    with pytest.raises(ValueError, match=r"goes with their model alone; .* use their names"):
+        fit(other, callback)
+    by_name = make(tf_prune.MagnitudePruning(0.5, scope={"head": 0.9}))
+    fit(other, by_name)
+    assert by_name.report.masks == tf_prune.prune(first, "magnitude", 0.5, scope={first.get_layer("head"): 0.9}).masks
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of KerasTuner, about threads
+@pytest.mark.parametrize("data", DATA_OF_TUNERS.values(), ids=DATA_OF_TUNERS.keys())
+def test_a_tuner_prunes_every_trial(tmp_path, data):
+    keras_tuner = pytest.importorskip("keras_tuner")
+    sparsities = []
+
+    def build(hyperparameters):
+        hyperparameters.Float("unused", 0.0, 1.0)
+        return helpers.build("mlp")
+
+    class Search(keras_tuner.RandomSearch):
+        def _configure_tensorboard_dir(self, *args):
+            """TensorBoard is not among what TensorFlow installs."""
+
+    class Record(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            sparsities.append(tf_prune.masks_of(self.model).sparsity)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    tuner = Search(build, "loss", max_trials=2, directory=tmp_path, overwrite=True)
+    tuner.search(
+        *helpers.batch(32), epochs=1, verbose=0, callbacks=[tf_prune.SnipPruning(0.8, data, verbose=0), Record()]
+    )
+    np.testing.assert_allclose(sparsities, 0.8, atol=1e-3)
+    assert len(sparsities) == 2

@@ -232,10 +232,7 @@ def test_a_model_that_only_fit_builds_is_pruned_gradually_too():
     ("make", "message"),
     [
         (lambda: tf_prune.GradualPruning("snip", tf_prune.Cubic(0.6), begin=0.5), "but data is None"),
-        (
-            lambda: tf_prune.GradualPruning("snip", tf_prune.Cubic(0.6), begin=0.5, data=iter([helpers.batch()])),
-            "data is a generator, which can be read once",
-        ),
+        (lambda: tf_prune.GradualPruning("snip", tf_prune.Cubic(0.6), begin=0.5, data=iter([])), "data is empty"),
         (
             lambda: tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.4), begin=0.5, structure="2:4"),
             "Ask for 0.5 or more",
@@ -317,3 +314,15 @@ def test_frozen_sparsity_says_when_there_is_none_or_nothing_else():
     model.get_layer("head").kernel.assign(np.zeros((16, 4)))
     with pytest.warns(UserWarning, match="All weights of .*head/kernel are zero"):
         fit(model, tf_prune.FreezeSparsity())
+
+
+def test_the_batches_of_a_generator_serve_every_pruning():
+    data = [helpers.batch(seed=i) for i in range(2)]
+    masks = []
+    for given in (data, (batch for batch in data)):
+        callback = tf_prune.GradualPruning("grasp", tf_prune.Cubic(0.8), 0.0, 0.75, 2, given)
+        helpers.build("mlp").fit(
+            *helpers.batch(32), batch_size=8, epochs=2, callbacks=[callback], verbose=0, shuffle=False
+        )
+        masks.append(callback.report.masks)
+    assert masks[0] == masks[1]

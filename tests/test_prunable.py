@@ -294,6 +294,34 @@ def test_a_table_of_layers_gives_each_its_sparsity_and_the_others_the_default():
     assert "Magnitude, table: " in str(report)
 
 
+def test_a_table_of_names_says_what_a_table_of_layers_does():
+    model = helpers.build("nested")
+    inner = next(layer for layer in model.layers if isinstance(layer, keras.Sequential))
+    for layer in (inner, inner.get_layer("body"), model.get_layer("head")):
+        by_layer = tf_prune.prune(helpers.build("nested"), "magnitude", 0.5, scope={layer.name: 0.75}).masks
+        again = helpers.build("nested")
+        (same,) = (la for la in again._flatten_layers() if la.name == layer.name)
+        assert by_layer == tf_prune.prune(again, "magnitude", 0.5, scope={same: 0.75}).masks
+
+
+def test_a_table_of_names_holds_for_wrapped_layers():
+    masks = [
+        tf_prune.prune(model, "magnitude", 0.5, scope={"head": 0.75}).masks
+        for model in (helpers.build("mlp"), tf_prune.wrap(helpers.build("mlp")))
+    ]
+    for plain, wrapped in zip(masks[0].values(), masks[1].values(), strict=True):
+        np.testing.assert_array_equal(plain, wrapped)
+
+
+def test_two_layers_of_one_name_are_told_apart_by_their_paths():
+    parts = [keras.Sequential([layers.Dense(4, name="same")], name=name) for name in ("left", "right")]
+    model = keras.Sequential([keras.Input((4,)), *parts])
+    with pytest.raises(ValueError, match=r"as 2 layers are called: \S*left/same, \S*right/same\. Use a path"):
+        tf_prune.prune(model, "magnitude", 0.5, scope={"same": 0.75})
+    report = tf_prune.prune(model, "magnitude", 0.5, scope={"right/same": 0.75})
+    assert [int(mask.sum()) for mask in report.masks.values()] == [8, 4]
+
+
 @pytest.mark.parametrize("method", ["force", "iterative_snip"])
 def test_a_table_is_reached_step_by_step(method):
     model = helpers.build("mlp")
@@ -307,7 +335,8 @@ def test_a_wrong_table_says_what_it_names():
     inner = next(layer for layer in model.layers if isinstance(layer, keras.Sequential))
     body = inner.get_layer("body")
     cases = [
-        ({"head": 0.5}, "keyed by layer objects, got 'head'"),
+        ({3: 0.5}, "keyed by layers or their names, got 3"),
+        ({"stranger": 0.5}, "names the layer 'stranger', which is not in the model.*that are: body, head"),
         (
             {layers.Dense(3, name="stranger"): 0.5},
             "names the layer 'stranger', which is not in the model.*that are: body, head",

@@ -3,12 +3,17 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
+import tensorflow as tf
+from keras import layers
 
 import tf_prune
 from tests import helpers
 from tf_prune import methods
 from tf_prune.batches import Batches
 from tf_prune.gradients import Derivatives
+
+X = helpers.batch()[0]
 
 
 def masks_at_each_step(monkeypatch, model, method, sparsity, data):
@@ -289,3 +294,123 @@ def test_a_legacy_model_is_refused_by_prune_score_and_export(tmp_path):
 def test_a_wrong_option_is_an_error_when_the_method_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         tf_prune.FORCE(**options)
+
+
+def text_model():
+    words = layers.TextVectorization(output_sequence_length=6, vocabulary=["good", "bad", "film"])
+    inputs = keras.Input((1,), dtype="string")
+    embedded = layers.Embedding(20, 8)(words(inputs))
+    model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(embedded)))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+@pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.METHODS.keys())
+@pytest.mark.parametrize("kind", ["U", "O", "S", "tensor"])
+def test_strings_are_data(method, kind):
+    if kind != "tensor" and method not in (helpers.METHODS["snip"], helpers.METHODS["synflow"]):
+        pytest.skip("one way of writing strings is enough there")
+    text = np.array([["good film"], ["bad film"], ["film"], ["a film"]])
+    text = keras.ops.convert_to_tensor(text) if kind == "tensor" else text.astype(kind)
+    model = text_model()
+    report = tf_prune.prune(model, method, 0.5, (text, np.arange(4) % 3), verbose=0)
+    assert report.masks.num_kept == 12
+    helpers.assert_masks_hold(model, report.masks)
+
+
+def test_of_a_model_of_strings_no_inputs_are_made_up():
+    assert tf_prune.prune(text_model(), "magnitude", 0.5).masks.num_kept == 12
+    with pytest.raises(ValueError, match="or takes strings, and synaptic flow needs an input of ones"):
+        tf_prune.prune(text_model(), "synflow", 0.5, verbose=0)
+
+
+SPARSE = np.where(helpers.batch()[0] > 0.5, helpers.batch()[0], 0).reshape(16, 36)
+
+
+def sparse_model():
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((36,)), layers.Dense(8, "tanh"), layers.Dense(4)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+@pytest.mark.parametrize("make", [tf.sparse.from_dense, scipy.sparse.coo_matrix], ids=["tensorflow", "scipy"])
+@pytest.mark.parametrize("method", ["snip", "grasp", "optimal_brain_damage", "synflow"])
+def test_sparse_inputs_score_as_the_dense_ones(make, method):
+    y = helpers.batch()[1]
+    dense, sparse = (tf_prune.score(sparse_model(), method, (x, y)) for x in (SPARSE, make(SPARSE)))
+    for path, scores in dense.items():
+        np.testing.assert_allclose(sparse[path], scores, rtol=1e-4, atol=1e-6 * np.abs(scores).max())
+
+
+def test_ragged_inputs_score_as_each_by_itself():
+    inputs = keras.Input((None,), dtype="int32")
+    mean = layers.Lambda(lambda x: tf.reduce_mean(x, 1), output_shape=(8,))
+    model = keras.Model(inputs, layers.Dense(1, name="head")(mean(layers.Embedding(20, 8)(inputs))))
+    model.compile("sgd", "mse")
+    rows, y = [[1, 2, 3], [4], [5, 6]], np.arange(3.0)[:, None]
+    got = tf_prune.score(model, tf_prune.LossPreservation(), (tf.ragged.constant(rows), y))
+    one_by_one = [(np.array([row]), y[i : i + 1]) for i, row in enumerate(rows)]
+    np.testing.assert_allclose(
+        got["head/kernel"], tf_prune.score(model, "loss_preservation", one_by_one)["head/kernel"], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "optimal_brain_damage"])
+def test_cut_arrays_score_as_one_batch(method):
+    x, y = helpers.batch(50)
+    weights = np.linspace(1.0, 1.0, 50)
+    one, cut = (tf_prune.score(helpers.build("mlp"), method, (x, y, weights), batch_size=n) for n in (None, 16))
+    for path, scores in one.items():
+        np.testing.assert_allclose(cut[path], scores, rtol=1e-3, atol=1e-5 * np.abs(scores).max())
+
+
+def test_a_large_batch_is_told_of_once_and_only_where_it_is_scored():
+    data = tuple(np.concatenate([part] * 2) for part in helpers.batch(2049))
+    model = helpers.build("mlp")
+    with pytest.warns(UserWarning, match="4,098 examples is scored at once.*batch_size=128") as told:
+        tf_prune.prune(model, tf_prune.FORCE(3), 0.5, data, verbose=0)
+    assert len(told) == 1
+    tf_prune.score(model, "snip", data, batch_size=1024)
+    tf_prune.score(model, "magnitude", data)
+    tf_prune.score(model, "synflow", data)
+
+
+@pytest.mark.parametrize("data", [X, (X, None), [X, X], tf.data.Dataset.from_tensors(X)], ids=range(4))
+def test_labels_are_asked_for_only_where_they_are_needed(data):
+    model = helpers.build("mlp")
+    for method, loss in (("snip", "uniform"), ("magnitude", None), ("synflow", None)):
+        a, b = (tf_prune.score(model, method, d, loss) for d in (data, helpers.batch()))
+        for path, scores in a.items():
+            np.testing.assert_allclose(scores, b[path], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="y is missing"):
+        tf_prune.score(model, "snip", data)
+
+
+@pytest.mark.parametrize("data", [X[0], tf.data.Dataset.from_tensor_slices(X)], ids=["example", "dataset"])
+def test_an_unbatched_x_is_told(data):
+    with pytest.raises(ValueError, match=r"x lacks the axis of examples: a data set is batched by data.batch\(32\)"):
+        tf_prune.prune(helpers.build("mlp"), "snip", 0.5, data, loss="uniform")
+
+
+@pytest.mark.parametrize("method", helpers.METHODS.values(), ids=helpers.METHODS.keys())
+def test_every_method_takes_a_number_of_batches_from_an_endless_generator(method):
+    batches = [helpers.batch(seed=i) for i in range(2)]
+    masks = tf_prune.prune(helpers.build("mlp"), method, 0.5, itertools.cycle(batches), num_batches=2, verbose=0).masks
+    assert masks == tf_prune.prune(helpers.build("mlp"), method, 0.5, batches, num_batches=2, verbose=0).masks
+    if not isinstance(method, tf_prune.Iterative):
+        assert masks == tf_prune.prune(helpers.build("mlp"), method, 0.5, batches).masks
+
+
+def test_the_score_of_an_iterative_method_is_that_of_its_first_step():
+    batches = [helpers.batch(seed=i) for i in range(2)]
+    first = tf_prune.score(helpers.build("mlp"), "force", batches)
+    snip = tf_prune.score(helpers.build("mlp"), "snip", batches[0])
+    for path, scores in snip.items():
+        np.testing.assert_array_equal(first[path], scores)
+
+
+def test_a_progress_bar_counts_the_batches_that_are_taken(capsys):
+    tf_prune.prune(helpers.build("mlp"), "snip", 0.5, itertools.repeat(helpers.batch()), num_batches=3)
+    assert "3/3" in capsys.readouterr().out

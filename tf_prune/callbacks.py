@@ -1,9 +1,10 @@
 """When to prune in `fit`: callbacks that prune once, before the first step, and let the masks hold."""
 
+import copy
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ from tf_prune.batches import Batches
 from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
 from tf_prune.enforcement import apply_masks
 from tf_prune.evidence import mask_again, masks_of, sparsity_of_model
+from tf_prune.examples import rows
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
 from tf_prune.prunable import Filters, Include, find_prunable
@@ -63,20 +65,30 @@ class HoldMasks(keras.callbacks.Callback):
 class PruningCallback(HoldMasks):
     """What callbacks that prune have in common: how to prune.
 
+    A copy of it (`copy.deepcopy`, as tuners make them) shares the data, which it only reads; so a generator goes on in
+    the copy where it was left. So does a scope table of layers, which holds for their model alone: one of names follows
+    to a model that is built anew.
+
     Args:
         method: As in `tf_prune.prune`.
-        data: An `(x, y)` batch or an iterable of them, for methods that need examples.
+        data: As in `tf_prune.prune`, for methods that need examples.
         loss: Defaults to the compiled loss.
         scope: How what is removed is shared out over the layers; as in `tf_prune.prune`.
         structure: What is pruned together; as in `tf_prune.prune`.
         filters: Which layers; see `find_prunable`.
         include: What is prunable only on request, such as kernels of one's own layers; see `find_prunable`.
         dropout: Whether dropout and noise layers act while scoring.
+        num_batches: As in `tf_prune.prune`. Where the data is endless or does not say its length, `None` reads at most
+            as many as an epoch has steps.
+        batch_size: Cuts one batch of arrays into batches; as in `tf_prune.prune`.
         verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 
     Attributes:
         report: The `PruningReport` of the last pruning, or `None` before the first.
     """
+
+    _tool: Pruner | None = None  # while `fit` runs
+    _pruned: weakref.ref | None = None
 
     def __init__(
         self,
@@ -89,6 +101,8 @@ class PruningCallback(HoldMasks):
         filters: Filters = None,
         include: Include = (),
         dropout: bool = False,
+        num_batches: int | None = None,
+        batch_size: int | None = None,
         verbose: int = 1,
     ):
         super().__init__()
@@ -101,6 +115,8 @@ class PruningCallback(HoldMasks):
             "filters": filters,
             "include": include,
             "dropout": dropout,
+            "num_batches": num_batches,
+            "batch_size": batch_size,
         }
         self.verbose = verbose
         self.report: PruningReport | None = None
@@ -108,7 +124,19 @@ class PruningCallback(HoldMasks):
     def _pruner(self) -> Pruner:
         if not self.model.built and self.data is not None:
             self._build()
-        return Pruner(self.model, self.method, self.data, self.loss, **self.options)
+        steps = (self.params or {}).get("steps")
+        return Pruner(self.model, self.method, self.data, self.loss, **self.options, limit=steps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PruningCallback":
+        shared = (self.data, self.loss, self.options, self.model, self._tool)
+        memo.update((id(part), part) for part in shared)
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: not the model of the last `fit`."""
+        return {**self.__dict__, "_model": None, "_tool": None, "_pruned": None}
 
     def _build(self) -> None:
         """A subclassed model gets its weights at its first call, which would be after this."""
@@ -117,7 +145,7 @@ class PruningCallback(HoldMasks):
             data = [next(self.data)]
             self.data = itertools.chain(data, self.data)
         x = next(iter(Batches(data).take(1)))[0]
-        self.model(keras.tree.map_structure(lambda leaf: leaf[:1], x))
+        self.model(rows(x, None, 1))
 
 
 class PruneBeforeTraining(PruningCallback):
@@ -131,9 +159,11 @@ class PruneBeforeTraining(PruningCallback):
     Args:
         method: As in `tf_prune.prune`.
         sparsity: Fraction in [0, 1) to remove.
-        data: An `(x, y)` batch or an iterable of them, for methods that need examples.
+        data: As in `tf_prune.prune`, for methods that need examples.
         loss: Defaults to the compiled loss.
-        **options: `scope`, `structure`, `filters`, `include`, `dropout` and `verbose` as in `tf_prune.prune`.
+        **options: `scope`, `structure`, `filters`, `include`, `dropout`, `batch_size` and `verbose` as in
+            `tf_prune.prune`, and `num_batches`, which defaults to the steps of an epoch where the data does not say its
+            length.
 
     Attributes:
         report: The `PruningReport`, or `None` before the first `fit`.
@@ -142,7 +172,7 @@ class PruneBeforeTraining(PruningCallback):
     def __init__(self, method: Method, sparsity: float, data: Any = None, loss: Any = None, **options: Any):
         super().__init__(method, data, loss, **options)
         self.sparsity = check_sparsity(sparsity)
-        self._pruned: tuple[Callable[[], Any], list[str]] = (lambda: None, [])
+        self._paths: set[str] = set()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Prunes, the first time."""
@@ -154,11 +184,14 @@ class PruneBeforeTraining(PruningCallback):
         super().on_train_end(logs)
 
     def _prune_once(self) -> None:
-        model, paths = self._pruned
-        if model() is not self.model or paths != list(self._pruner().variables):
-            pruner = self._pruner()
-            self.report = pruner.prune(self.sparsity, self.verbose)
-            self._pruned = weakref.ref(self.model), list(pruner.variables)
+        is_known = self._pruned is not None and self._pruned() is self.model
+        if is_known and self._paths == self._prunable():  # or layers were frozen then, and are no more
+            return
+        self.report = self._pruner().prune(self.sparsity, self.verbose)
+        self._pruned, self._paths = weakref.ref(self.model), self._prunable()
+
+    def _prunable(self) -> set[str]:
+        return set(find_prunable(self.model, self.options["filters"], self.options["include"]).prunable)
 
 
 class FreezeSparsity(HoldMasks):

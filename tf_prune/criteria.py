@@ -234,7 +234,7 @@ class SynapticFlow(Criterion):
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
         """See `Criterion.scores`. Of `batches` only the shape of one input is used."""
         if batches.given and batches.example is None:
-            batches.take(1)
+            next(iter(batches.take(1)))
         example = batches.example
         gradients = derivatives.synaptic_flow(masks, example)
         return {path: groups[path].sum(np.abs(w * gradients[path])) for path, w in derivatives.weights().items()}

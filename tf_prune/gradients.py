@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.batches import Batch, Batches, inputs_like
+from tf_prune.batches import Batches, inputs_like
+from tf_prune.examples import Batch, rows, size_of
 from tf_prune.losses import ModelLoss
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64
@@ -19,8 +21,39 @@ Tensors = list[tf.Tensor]
 MaskMapping = Mapping[str, np.ndarray]
 
 
+_LARGE = 4096  # examples in one batch, above which it is told how to cut it
+
+
+def _as_tensor(leaf: Any) -> Any:
+    if leaf is None or isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor)):
+        return leaf
+    if hasattr(leaf, "tocoo"):  # a sparse matrix of SciPy
+        matrix = leaf.tocoo()
+        return tf.sparse.reorder(tf.SparseTensor(np.stack([matrix.row, matrix.col], 1), matrix.data, matrix.shape))
+    return tf.convert_to_tensor(leaf)
+
+
+def as_numpy(leaf: Any) -> np.ndarray:
+    """An array of any library, ragged and sparse ones filled up with zeros, as one of NumPy."""
+    return keras.ops.convert_to_numpy(_as_tensor(leaf))
+
+
+def _as_dense(leaf: Any) -> Any:
+    return tf.sparse.to_dense(leaf) if isinstance(leaf, tf.SparseTensor) else leaf
+
+
+def _as_ones(leaf: Any) -> Any:
+    """Ones in the place of each value; of strings, which have none, the strings themselves."""
+    leaf = _as_tensor(leaf)
+    if leaf.dtype == tf.string:
+        return leaf
+    if isinstance(leaf, tf.RaggedTensor):
+        return leaf.with_flat_values(tf.ones_like(leaf.flat_values))
+    return tf.ones(leaf.shape, leaf.dtype)
+
+
 def _describe(part: Any) -> str:
-    leaves = [keras.ops.convert_to_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
+    leaves = [as_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
     texts = [
         f"{a.dtype}{list(a.shape)}" + (f" from {a.min()} to {a.max()}" if a.size and a.dtype.kind not in "OSU" else "")
         for a in leaves
@@ -61,6 +94,7 @@ class Derivatives:
         self.variables = dict(variables)
         self._loss = ModelLoss(model, loss)
         self._functions: dict[Any, Callable[..., Tensors]] = {}
+        self._told_of_size = False
         self._disconnected: list[str] = []
         self._problem: str | None = None
         # Gradients that pass through float16 would underflow, as in training; exact, being a power of 2.
@@ -122,6 +156,7 @@ class Derivatives:
             ValueError: If a temperature is asked of another loss, or several batches come from a generator.
         """
         product = self._hessian_product_function(temperature, training, times_weights)
+        batches = batches.kept()
         stream = iter(batches)
         start = list(itertools.islice(stream, 2))
         if len(start) == 1 and not self._is_multi_worker:
@@ -153,6 +188,7 @@ class Derivatives:
             seed: Of the signs.
             training: As in `gradient`.
         """
+        batches = batches.kept()
         stream = iter(batches)
         start = list(itertools.islice(stream, 2))
         if len(start) > 1 and num_probes > 1:
@@ -179,7 +215,8 @@ class Derivatives:
 
         Args:
             masks: Masks of all variables; `None` keeps all.
-            example: An input batch that gives the shape where the model does not (subclassed, or of any size).
+            example: An input batch that gives the shape where the model does not (subclassed, or of any size); of
+                strings, which have no ones, the input itself.
         """
         ones, mask_tensors = self._ones(example), self._mask_tensors(masks)
         gradients = self._named(self._over_workers(self._flow_function("float32")(ones, mask_tensors), 1))
@@ -202,7 +239,8 @@ class Derivatives:
         for training in (False, True):
             scope = keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True)))
             with scope, noise_off(self._model):
-                outputs = keras.tree.flatten(self._model(example, training=training))
+                inputs = keras.tree.map_structure(_as_tensor, example)
+                outputs = keras.tree.flatten(self._model(inputs, training=training))
             if any(bool(tf.reduce_any(output != output[:1])) for output in outputs):
                 return True
         return False
@@ -247,6 +285,7 @@ class Derivatives:
         self._loss.check(temperature)
 
         def hessian_product(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
+            batch = keras.tree.map_structure(_as_dense, batch)  # TensorFlow derives sparse products only once
             weights = self._masked_weights(masks)
             with tf.GradientTape(watch_accessed_variables=False) as outer:
                 outer.watch(weights)
@@ -311,12 +350,12 @@ class Derivatives:
 
     def _ones(self, example: Any) -> Any:
         if example is not None:
-            return keras.tree.map_structure(lambda leaf: tf.ones_like(leaf[:1]), example)
+            return keras.tree.map_structure(_as_ones, rows(example, None, 1))
         ones = inputs_like(self._model, lambda shape, dtype: np.ones((1, *shape), dtype))
         if ones is None:
             raise ValueError(
-                f"The model {self._model.name!r} does not say of what shape its inputs are, and synaptic flow needs "
-                "an input of ones. Pass data=(x, y): only the shape of x is used."
+                f"The model {self._model.name!r} does not say of what shape its inputs are, or takes strings, and "
+                "synaptic flow needs an input of ones. Pass data=x: only the shape of x is used, and its first strings."
             )
         return keras.tree.map_structure(tf.convert_to_tensor, ones)
 
@@ -334,7 +373,7 @@ class Derivatives:
         stream = iter(batches)
         while dealt := list(itertools.islice(stream, self._num_devices)):
             for batch, value in zip(dealt, self._evaluate(function, dealt, mask_tensors, *rest), strict=True):
-                size = keras.tree.flatten(batch)[0].shape[0]
+                size = size_of(batch)
                 count += size
                 for i, v in enumerate(value if mean else ()):
                     mean[i] = mean[i] + (v - mean[i]) * (size / count)  # the old ones go as the new ones come
@@ -359,10 +398,7 @@ class Derivatives:
 
     def _run(self, function: Callable[..., Tensors], batches: list[Batch], *rest: Any) -> list[Tensors]:
         """What `function` gives for each batch: one after the other, or each on a device of its own."""
-        tensors = [
-            keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batch)
-            for batch in batches
-        ]
+        tensors = [keras.tree.map_structure(_as_tensor, batch) for batch in batches]
         if len(batches) == 1 or len(batches) < self._num_devices:
             return [function(batch, *rest) for batch in tensors]
         placed = self._strategy.experimental_distribute_values_from_function(
@@ -373,6 +409,7 @@ class Derivatives:
         return [list(value) for value in zip(*of_each, strict=True)]
 
     def _evaluate(self, function: Callable[..., Tensors], batches: list[Batch], *rest: Any) -> list[Tensors]:
+        self._tell_of_size(size_of(batches[0]))
         try:
             with contextlib.nullcontext() if self._dropout else noise_off(self._model):
                 values = self._run(function, batches, *rest)
@@ -385,7 +422,7 @@ class Derivatives:
                 f"The loss cannot be computed on this batch: x is {_describe(x)}, y is {_describe(y)}, the loss is "
                 f"{self._loss.name}. Check that x fits the model and y the loss: a sparse "
                 "categorical cross-entropy takes integers below the number of outputs, a categorical one takes one-hot "
-                f"rows. The cause: {lines[-1] if lines else type(error).__name__}"
+                f"rows.{self._unbatched(x)} The cause: {lines[-1] if lines else type(error).__name__}"
             ) from error
         if self._disconnected:
             raise ValueError(
@@ -393,6 +430,27 @@ class Derivatives:
                 "layers out with filters=..., or use a criterion without data."
             )
         return values
+
+    def _tell_of_size(self, size: int) -> None:
+        """In one sentence, and once."""
+        if size > _LARGE and not self._told_of_size:
+            self._told_of_size = True
+            warnings.warn(
+                f"A batch of {size:,} examples is scored at once, which takes memory for all of them; batch_size=128 "
+                "cuts arrays into batches whose scores are averaged, and a data set is batched smaller.",
+                stacklevel=2,
+            )
+
+    def _unbatched(self, x: Any) -> str:
+        """What is probably wrong where x has an axis less than the model takes; empty if it has not."""
+        inputs, leaves = getattr(self._model, "inputs", None) or [], keras.tree.flatten(x)
+        for tensor, leaf in zip(inputs, leaves, strict=False):
+            if leaf is not None and len(leaf.shape) == len(tensor.shape) - 1:
+                return (
+                    f" The model takes {tuple(tensor.shape)}, so x lacks the axis of examples: a data set is batched "
+                    "by data.batch(32), and a single example is x[:1], y[:1]."
+                )
+        return ""
 
     def _named(self, tensors: Tensors) -> Arrays:
         """As read-only arrays on the tensors' own memory."""
@@ -410,6 +468,6 @@ def _dense(gradients: list[tf.Tensor | None], weights: Tensors) -> Tensors:
 def _check_read_again(batches: Batches, what: str) -> None:
     if batches.once_only:
         raise ValueError(
-            f"{what}, but data is a generator, which can be read once. Pass a list of batches, a tf.data.Dataset or a "
-            "keras.utils.PyDataset."
+            f"{what}, but data is a generator, which can be read once. Say how many batches to keep with "
+            "num_batches=..., or pass a list of batches, a tf.data.Dataset or a keras.utils.PyDataset."
         )

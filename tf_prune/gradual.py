@@ -28,10 +28,13 @@ class GradualPruning(PruningCallback):
         begin: A step (an integer), or a fraction of the run (a float in [0, 1]).
         end: The same. What is left of the run after it trains the final network.
         frequency: How many steps between two prunings, or which fraction of the run.
-        data: An `(x, y)` batch or an iterable of them, for criteria that need examples.
+        data: As in `tf_prune.prune`, for criteria that need examples. Of a generator, without `num_batches`, at most as
+            many batches as an epoch has steps are kept, and read again at each pruning; with it, each takes the next
+            ones, so it must not be the generator that `fit` reads.
         loss: Defaults to the compiled loss.
         verbose: As in `tf_prune.prune`, at each pruning.
-        **options: `scope`, `structure`, `filters`, `include` and `dropout` as in `tf_prune.prune`.
+        **options: `scope`, `structure`, `filters`, `include`, `dropout`, `num_batches` and `batch_size` as in
+            `tf_prune.prune`.
 
     Attributes:
         report: The `PruningReport` of the last pruning; `None` before the first.
@@ -82,7 +85,6 @@ class GradualPruning(PruningCallback):
         self._steps = self._epoch_start = 0
         self._times: list[int] = []
         self._last = -1
-        self._tool: Pruner | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Lays the schedule over the run; raises if it does not fit."""
@@ -122,11 +124,8 @@ class GradualPruning(PruningCallback):
     def _checked_pruner(self) -> Pruner:
         pruner = self._pruner()
         pruner.check(self.schedule.sparsity)
-        if pruner.batches.once_only and as_iterative(self.method).num_batches is None and len(self._times) > 1:
-            raise ValueError(
-                f"The schedule prunes {len(self._times)} times, but data is a generator, which can be read once. Pass "
-                "a list of batches, a tf.data.Dataset or a keras.utils.PyDataset."
-            )
+        if pruner.num_batches is None and len(self._times) > 1:
+            pruner.batches = pruner.batches.kept()
         if self._epoch_start < self._times[0] and not pruner.batches.once_only:
             pruner.scores()  # data, labels and loss: an error now, and not in the middle of the run
         return pruner
@@ -176,7 +175,7 @@ class PruneAndTrain(GradualPruning):
         criterion: As `method` in `tf_prune.prune`.
         sparsity: The target, in [0, 1).
         rounds: How many, at least 1 and at most the epochs of `fit`.
-        data: An `(x, y)` batch or an iterable of them, for criteria that need examples.
+        data: As in `GradualPruning`.
         loss: Defaults to the compiled loss.
         **options: Of `GradualPruning`, other than its times.
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.batches import Batches, maybe_unlabelled
+from tf_prune.batches import Batches
 from tf_prune.calls import Call, floats, layer_called, layers_with_kernels, on_logits, only_call, watched
 from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
@@ -273,15 +273,15 @@ def _cause(error: Exception) -> str:
 def _spectra(
     model: keras.Model, data: Any, layers: list[keras.Layer], segments: Any, by_inputs: bool, verbose: int
 ) -> list[Spectrum]:
-    data = maybe_unlabelled(data)
-    stream = iter(Batches(data))
+    batches = Batches(data)
+    stream = iter(batches)
     first = next(stream)
     types = [tensor.dtype for tensor in getattr(model, "inputs", None) or ()]
     example = keras.tree.map_structure(lambda leaf: leaf[:1], first[0])
     traced = _Traced(model, layers, segments, by_inputs, _in_float64(example, types))
     fixed = model.inputs[0].shape[0] if types else None
     size = fixed or max(1, _MOST_ENTRIES // max(m * n for _, _, (m, n) in traced.found))
-    is_single = isinstance(data, tuple)
+    is_single = batches.length == 1
     bar = keras.utils.Progbar(_length(first[0]) if is_single else None, unit_name="example", verbose=verbose)
     values: list[list[np.ndarray]] = [[] for _ in traced.found]
     done = 0

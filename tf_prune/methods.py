@@ -3,6 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -37,8 +38,8 @@ class Iterative:
         num_steps: T, at least 1.
         schedule: `"exponential"`, `"linear"`, or another one of `tf_prune.SCHEDULES`.
         revive: Whether a weight that was pruned at one step can come back at a later one.
-        num_batches: Batches for each step, the next ones of the data, starting over at its end; `None` takes all
-            of the data at each step.
+        num_batches: At most so many batches for each step, the next ones of the data, starting over at its end; `None`
+            takes all of the data at each step.
         name: What the report and the progress bar call it.
 
     Raises:
@@ -58,11 +59,10 @@ class Iterative:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {self.schedule!r}.")
-        if self.num_batches is not None and self.num_batches < 1:
-            raise ValueError(f"num_batches must be at least 1, or None for all batches; got {self.num_batches}.")
-        steps = self.num_steps
-        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {steps!r}.")
+        if self.num_batches is not None and not _is_count(self.num_batches):
+            raise ValueError(f"num_batches must be at least 1, or None for all batches; got {self.num_batches!r}.")
+        if not _is_count(self.num_steps):
+            raise ValueError(f"num_steps must be an integer of at least 1, got {self.num_steps!r}.")
         object.__setattr__(self, "name", self.name or type(self.criterion).__name__)
 
     def masks(
@@ -99,14 +99,14 @@ class Iterative:
             progress = keras.utils.Progbar(
                 self.num_steps, verbose=verbose, stateful_metrics=["sparsity"], unit_name=self.name
             )
-        elif verbose and self.num_batches is None:
-            batches.progress = self.name
         current = among
         if current is None and self.num_steps > 1:
             # All ones, not None, so that the first step is traced like the others: once for all.
             current = Masks({path: np.ones(shape, bool) for path, shape in shapes.items()})
         for step in range(1, self.num_steps + 1):
             data = batches if self.num_batches is None else batches.take(self.num_batches)
+            if verbose and self.num_steps == 1:
+                data.progress = self.name
             scores = self.criterion.scores(derivatives, data, current, groups)
             is_last = step == self.num_steps
             now, table = self._after(step, sparsity), {}
@@ -135,6 +135,10 @@ class Iterative:
 
     def _after(self, step: int, target: float) -> float:
         return SCHEDULES[self.schedule](target)(step / self.num_steps)
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool) and int(number) >= 1
 
 
 def _candidates(

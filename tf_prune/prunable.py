@@ -322,32 +322,55 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Include 
     return Survey(prunable, skipped, layouts, own, unknown, num_weights)
 
 
-def sparsity_of_each(owners: Mapping[str, keras.Layer], table: Mapping[keras.Layer, float]) -> dict[str, float]:
+def sparsity_of_each(
+    owners: Mapping[str, keras.Layer], table: Mapping[keras.Layer | str, float], model: keras.Model
+) -> dict[str, float]:
     """What a table of layers says about their kernels, by path.
 
     Args:
         owners: Mapping of the paths that are pruned to the layers that own them.
-        table: Mapping of layer to sparsity; a layer can be a whole sub-model, with all that is inside.
+        table: Mapping of layer to sparsity; a layer can be a whole sub-model, with all that is inside. Its name will
+            do, or the end of its path where two have one name.
+        model: Where the names are looked up.
 
     Raises:
         ValueError: If a key is no layer of the model, has nothing prunable, or two of them hold the same kernel.
     """
     sparsities: dict[str, float] = {}
-    for layer, sparsity in table.items():
+    for key, sparsity in table.items():
+        layer = _named(key, model, owners) if isinstance(key, str) else key
         if not isinstance(layer, keras.Layer):
-            raise ValueError(
-                f"A scope table is keyed by layer objects, got {layer!r}. Use {{model.get_layer(name): sparsity}}."
-            )
+            raise ValueError(f"A scope table is keyed by layers or their names, got {key!r}. Use {{name: sparsity}}.")
         inside = {id(part) for part in layer._flatten_layers()}
         paths = [path for path, owner in owners.items() if id(owner) in inside]
         if not paths:
-            names = ", ".join(dict.fromkeys(owner.name for owner in owners.values()))
             raise ValueError(
                 f"The scope table names the layer {layer.name!r}, which is not in the model, or of which nothing is "
-                f"pruned. Layers that are: {names}."
+                f"pruned. {_names(owners)} A table of layer objects goes with their model alone; for a model that is "
+                "built anew, as by a tuner, use their names."
             )
         for path in paths:
             if path in sparsities:
                 raise ValueError(f"The scope table names {path!r} twice: by a layer, and by a model that contains it.")
             sparsities[path] = check_sparsity(sparsity)
     return sparsities
+
+
+def _names(owners: Mapping[str, keras.Layer]) -> str:
+    return f"Layers that are: {', '.join(dict.fromkeys(owner.name for owner in owners.values()))}."
+
+
+def _named(name: str, model: keras.Model, owners: Mapping[str, keras.Layer]) -> keras.Layer:
+    """The layer of this name, or whose path ends so."""
+    everything = list({id(layer): layer for layer in model._flatten_layers()}.values())
+    found = [la for la in everything if name == la.name or f"/{la.path}".endswith(f"/{name}")]
+    inside = {id(part) for la in found for part in la._flatten_layers(include_self=False)}
+    found = [la for la in found if id(la) not in inside]  # a wrapper may be called as what it wraps
+    if not found:
+        raise ValueError(f"The scope table names the layer {name!r}, which is not in the model. {_names(owners)}")
+    if len(found) > 1:
+        raise ValueError(
+            f"The scope table names {name!r}, as {len(found)} layers are called: "
+            f"{', '.join(layer.path for layer in found)}. Use a path, where they differ, or the layer itself."
+        )
+    return found[0]

@@ -15,14 +15,14 @@ from tf_prune.batches import Batches, inputs_like
 from tf_prune.criteria import Groups
 from tf_prune.enforcement import apply_masks
 from tf_prune.evidence import check_masks_hold, mask_again, masks_of, warn_of_unknown_zeros
-from tf_prune.gradients import Derivatives
+from tf_prune.gradients import Derivatives, as_numpy
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
 from tf_prune.prunable import Filters, Include, find_prunable, sparsity_of_each
 from tf_prune.scopes import TooLowSparsityError, check_sparsity
 from tf_prune.structures import Structure, cut_into_groups
 
-Scope = str | Mapping[keras.Layer, float]
+Scope = str | Mapping[keras.Layer | str, float]
 
 
 def score(
@@ -34,17 +34,21 @@ def score(
     filters: Filters = None,
     include: Include = (),
     dropout: bool = False,
+    num_batches: int | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores every prunable weight and leaves the model exactly as it was, also when an error is raised.
 
     Args:
         model: A built `keras.Model`.
         criterion: A criterion or its lower-case name. Of an iterative method, its first step.
-        data: An `(x, y)` batch or an iterable of them; not needed by `SynFlow`, `Magnitude` and `Random`.
+        data: As in `prune`; not needed by `SynFlow`, `Magnitude` and `Random`.
         loss: As in `prune`.
         filters: Which layers; see `find_prunable`.
         include: What is scored only on request, such as kernels of one's own layers; see `find_prunable`.
         dropout: Whether dropout and noise layers act while scoring.
+        num_batches: As in `prune`.
+        batch_size: As in `prune`.
 
     Returns:
         Dict from `variable.path` to a float32 array of the kernel's shape; larger = keep.
@@ -57,7 +61,17 @@ def score(
     >>> score(model, "magnitude")["logits/kernel"].shape
     (4, 3)
     """
-    scores = Pruner(model, criterion, data, loss, filters=filters, include=include, dropout=dropout).scores()
+    scores = Pruner(
+        model,
+        criterion,
+        data,
+        loss,
+        filters=filters,
+        include=include,
+        dropout=dropout,
+        num_batches=num_batches,
+        batch_size=batch_size,
+    ).scores()
     return {path: value if value.flags.writeable else value.copy() for path, value in scores.items()}
 
 
@@ -71,7 +85,7 @@ def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, 
     fixed = getattr(model, "inputs", None) and model.inputs[0].shape[0]
     if fixed:  # a model of one batch size only
         example = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *np.shape(leaf)[1:])), example)
-    first = keras.ops.convert_to_numpy(keras.tree.flatten(example)[0])
+    first = as_numpy(keras.tree.flatten(example)[0])
     return bool((first == first[:1]).all()) or derivatives.sees_its_input(masks, example)
 
 
@@ -158,7 +172,8 @@ class PruningReport:
 class Pruner:
     """A model and all that says how to prune it: what `prune` does once, and `GradualPruning` again and again.
 
-    What is checked, traced and read of the data stays from one pruning to the next. Arguments are those of `prune`.
+    What is checked, traced and read of the data stays from one pruning to the next. Arguments are those of `prune`, and
+    `limit`: so many batches are read of data that is endless or does not say its length.
     """
 
     def __init__(
@@ -173,25 +188,37 @@ class Pruner:
         filters: Filters = None,
         include: Include = (),
         dropout: bool = False,
+        num_batches: int | None = None,
+        batch_size: int | None = None,
+        limit: int | None = None,
     ):
         self.model = model
         self._method = as_iterative(method)
+        if num_batches is not None:
+            self._method = dataclasses.replace(self._method, num_batches=num_batches)
         self._survey = find_prunable(model, filters, include)
         self._survey.warn_of_unknown(stacklevel=3)
         self._groups, self._left = cut_into_groups(structure, self._survey.layouts)
         self._shown_scope = "table" if isinstance(scope, Mapping) else scope
         self._scope = scope
         if isinstance(scope, Mapping):
-            self._scope = sparsity_of_each({path: self._survey.layers[path] for path in self._groups}, scope)
+            self._scope = sparsity_of_each({path: self._survey.layers[path] for path in self._groups}, scope, model)
         self.variables = {path: self._survey.prunable[path] for path in self._groups}
         self._derivatives = Derivatives(model, self.variables, loss, dropout)
-        self.batches = Batches(data)
+        self.batches = Batches(data, batch_size, limit)
+
+    @property
+    def num_batches(self) -> int | None:
+        """How many batches each step of the method takes; `None` for all."""
+        return self._method.num_batches
 
     def scores(self) -> dict[str, np.ndarray]:
-        """The scores of the groups as the model is; it stays so."""
+        """The scores of the groups as the model is, at the first step; it stays so."""
         check_masks_hold(self.model)
         masks = _existing_masks(self.model, self._derivatives)
-        scores = self._method.criterion.scores(self._derivatives, self.batches, masks, self._groups)
+        batches = self.batches.anew()
+        batches = batches if self.num_batches is None else batches.take(self.num_batches)
+        scores = self._method.criterion.scores(self._derivatives, batches, masks, self._groups)
         check_finite(scores)
         return scores
 
@@ -250,6 +277,8 @@ def prune(
     filters: Filters = None,
     include: Include = (),
     dropout: bool = False,
+    num_batches: int | None = None,
+    batch_size: int | None = None,
     verbose: int = 1,
 ) -> PruningReport:
     """Prunes the model in place and attaches the masks, so that training keeps them.
@@ -265,15 +294,18 @@ def prune(
             `"gradient_norm_preservation"`, `"squared_gradient"`, `"optimal_brain_damage"`, `"magnitude"`, `"random"`,
             or an object such as `FORCE(num_steps=100)`.
         sparsity: Fraction in [0, 1) to remove.
-        data: An `(x, y)` batch or an iterable of them.
+        data: One batch of arrays, `(x, y)` or `(x, y, sample_weight)`, or an iterable of such batches: a list, a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator. Where no labels are needed, x alone or
+            `(x, None)` will do. The parts are what `fit` takes: numbers or strings, of NumPy, TensorFlow, pandas or
+            SciPy, ragged or sparse, and dicts and lists of them.
         loss: A Keras loss, its name, or a callable; defaults to the compiled loss. `"uniform"` (cross-entropy with the
             uniform distribution), `"prediction"` and `"prediction_raw"` (with the network's own prediction, averaged
             over the batch after or before the softmax) need no labels. `"quirk_raw_logit"` is the loss of FORCE's
             release, `-mean(logit[label])`.
         scope: `"global"` ranks all weights together. `"layerwise"` removes this fraction of each kernel; `"uniform"`
             of the whole, as evenly as it goes; `"erk"` of the whole, and keeps in each kernel a fraction in proportion
-            to `sum(shape) / prod(shape)`. A table `{layer: sparsity}` says it for these layers, and `sparsity` is that
-            of the others.
+            to `sum(shape) / prod(shape)`. A table `{layer: sparsity}` of layers, or of their names, says it for these,
+            and `sparsity` is that of the others.
         structure: What is pruned together: `None` for single weights, or `"2:4"`, `"1x4"`, `"1x16"`, `"2_outputs"`,
             `"4_outputs"`, `"output_channels"`, `"input_channels"`, `"hybrid"`, or an object such as
             `Blocks(inputs=8)`.
@@ -281,6 +313,11 @@ def prune(
         include: What is prunable only on request, such as `"embeddings"`, or kernels of one's own layers by a pattern
             or a predicate; see `find_prunable`.
         dropout: Whether dropout and noise layers act while scoring.
+        num_batches: How many batches are read at most, which endless data needs; of an iterative method, for each step,
+            the next ones of the data. `None` leaves it to the method, of which `FORCE` takes 1, others all. Criteria
+            that read them twice (`GraSP`) keep them in memory.
+        batch_size: Cuts one batch of arrays into batches of so many examples, without a copy; the scores are the same
+            but for rounding and for batch normalization. `None` scores it as one batch, as the papers do.
         verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 
     Returns:
@@ -296,6 +333,16 @@ def prune(
     5
     """
     pruner = Pruner(
-        model, method, data, loss, scope=scope, structure=structure, filters=filters, include=include, dropout=dropout
+        model,
+        method,
+        data,
+        loss,
+        scope=scope,
+        structure=structure,
+        filters=filters,
+        include=include,
+        dropout=dropout,
+        num_batches=num_batches,
+        batch_size=batch_size,
     )
     return pruner.prune(check_sparsity(sparsity), verbose)

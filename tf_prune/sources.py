@@ -67,15 +67,13 @@ class KerasSource:
         generator, size = np.random.default_rng(0), batch_size_of(self._model) or 32
 
         def random(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-            if dtype == "string":
-                raise ValueError(f"{self._model.name!r} takes strings. Pass data=(x, y): x gives some to compare on.")
             return generator.standard_normal((size, *shape)).astype(dtype)
 
         inputs = inputs_like(self._model, random)
         if inputs is None:
             raise ValueError(
-                f"The model {self._model.name!r} does not say of what shape its inputs are. Pass data=(x, y): x gives "
-                "the shape, and real inputs to compare on."
+                f"The model {self._model.name!r} does not say of what shape its inputs are, or takes strings. Pass "
+                "data=(x, y): x gives the shape, and real inputs to compare on."
             )
         return inputs
 
@@ -169,4 +167,5 @@ def _as_inputs(model: keras.Model, x: Any) -> Any:
                 f"data has inputs of shape {leaf.shape}, but {model.name!r} takes (batch, "
                 f"{', '.join(map(str, tensor.shape[1:]))}). Pass data=(x, y) with x as the model takes it."
             )
-    return keras.tree.pack_sequence_as(x, [a.astype(d, copy=False) for a, d in zip(leaves, dtypes, strict=True)])
+    converted = [a if d == "string" else a.astype(d, copy=False) for a, d in zip(leaves, dtypes, strict=True)]
+    return keras.tree.pack_sequence_as(x, converted)

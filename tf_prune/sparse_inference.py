@@ -216,8 +216,8 @@ def _content(model: Any) -> bytes:
     examples = inputs_like(model, lambda shape, dtype: np.zeros((1, *shape), dtype))
     if examples is None:
         raise ValueError(
-            f"The model {model.name!r} does not say of what shape its inputs are. Build it with keras.Input(shape) of "
-            "fixed sizes, or export it with data=(x, y) and explain the file."
+            f"The model {model.name!r} does not say of what shape its inputs are, or takes strings. Build it with "
+            "keras.Input(shape) of fixed sizes, or export it with data=(x, y) and explain the file."
         )
     with tempfile.TemporaryDirectory() as folder:
         # As `export` does it, unless recurrent layers need a fixed size.
