@@ -240,7 +240,8 @@ class _Rebuilding:
         outputs = operation(*args, **kwargs)
         if id(operation) in self._without_activation:
             self.changes.append(Change(operation.name, "constants of hard sigmoid with four axes", True))
-            outputs = keras.ops.relu6(keras.ops.add(outputs, _four_axes(3))) * _four_axes(1 / 6)
+            shifted = keras.ops.add(outputs, _four_axes(3, outputs))
+            outputs = keras.ops.relu6(shifted) * _four_axes(1 / 6, outputs)
         return self._with_its_axes(operation, outputs)
 
     def _with_its_axes(self, operation: Any, outputs: Any) -> Any:
@@ -289,18 +290,20 @@ class _Rebuilding:
         return layers.GlobalAveragePooling2D(keepdims=True, name=f"{pooling.name}_keepdims")(pooling.input)
 
     def _with_four_axes(self, operation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        shapes = [getattr(arg, "shape", None) for arg in args]
-        if not any(shape is not None and len(shape) == 4 and shape[1:3] == (1, 1) for shape in shapes):
-            return args
-        if not any(isinstance(arg, (int, float)) for arg in args):
+        squeezed = [arg for arg in args if len(shape := getattr(arg, "shape", ())) == 4 and shape[1:3] == (1, 1)]
+        if not squeezed or not any(isinstance(arg, (int, float)) for arg in args):
             return args
         self.changes.append(Change(operation.name, "a constant with four axes in the place of a scalar", True))
-        return tuple(_four_axes(arg) if isinstance(arg, (int, float)) else arg for arg in args)
+        return tuple(_four_axes(arg, squeezed[0]) if isinstance(arg, (int, float)) else arg for arg in args)
 
 
-def _four_axes(number: float) -> np.ndarray:
-    """XNNPACK takes a constant beside an image only with the axes of an image."""
-    return np.full((1, 1, 1, 1), number, "float32")
+def _four_axes(number: float, beside: Any) -> np.ndarray:
+    """XNNPACK takes a constant beside an image only with the axes of an image.
+
+    With its channels, too: TensorFlow's optimizer of graphs swaps what is added to a bias with what the bias is added
+    to, `(image + bias) + constant` becoming `(constant + bias) + image`, and fails where it has fewer channels.
+    """
+    return np.full((1, 1, 1, beside.shape[-1]), number, beside.dtype)
 
 
 def _is_strided(layer: Any) -> bool:
