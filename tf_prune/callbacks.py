@@ -13,7 +13,7 @@ from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
 from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
-from tf_prune.prunable import Filters, find_prunable
+from tf_prune.prunable import Filters, find_prunable, has_call
 from tf_prune.pruning import Pruner, PruningReport, Scope
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
@@ -93,7 +93,7 @@ class PruningCallback(HoldMasks):
         self.report: PruningReport | None = None
 
     def _pruner(self) -> Pruner:
-        if not self.model.built and self.data is not None:
+        if not self.model.built and has_call(self.model) and self.data is not None:
             self._build()
         return Pruner(self.model, self.method, self.data, self.loss, **self.options)
 

@@ -62,10 +62,45 @@ def check_model(model: object) -> None:
             else ""
         )
         raise TypeError(f"Expected a keras.Model (Keras {keras.__version__}), received {kind}.{hint}")
-    if not model.built or not model.weights:
+    unbuilt = layers_to_build(model)
+    if unbuilt or not model.weights:
+        what = f"layers without weights yet ({', '.join(unbuilt[:3])})" if model.weights else "no weights yet"
+        how = "call it once on a batch, or call `model.build(input_shape)`"
         raise ValueError(
-            f"The model {model.name!r} has no weights yet, so there is nothing to prune. Build it first: give it an "
-            "Input, call it once on a batch, or call `model.build(input_shape)`."
+            f"The model {model.name!r} has {what}, so what can be pruned is not known. Build it first: give it an "
+            f"Input, {how if has_call(model) else 'and its sub-models, which its train_step calls, one as well'}."
+        )
+
+
+def layers_to_build(model: keras.Model) -> list[str]:
+    """Names of the layers whose weights are still to be made, in a model that was never called."""
+    if model.built:
+        return []
+    return [
+        layer.name
+        for layer in model._flatten_layers(include_self=False)
+        if not layer.built and type(layer).build is not keras.Layer.build and not isinstance(layer, keras.Model)
+    ]
+
+
+def has_call(model: keras.Model) -> bool:
+    """Whether the model computes something; a GAN whose `train_step` calls its sub-models may not."""
+    return type(model).call is not keras.Model.call
+
+
+def check_call(model: keras.Model, what: str) -> None:
+    """Raises if the model has no `call`.
+
+    Args:
+        model: A `keras.Model`.
+        what: What needs one, at the beginning of a sentence.
+    """
+    if not has_call(model):
+        inside = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
+        raise ValueError(
+            f"{what} calls the model, and {model.name!r} ({type(model).__name__}) has no `call` of its own. Do it with "
+            f"each of the models inside ({', '.join(inside) or 'it has none'}), such as `model.generator`, with a loss "
+            "of its own; or use a criterion without data, such as magnitude."
         )
 
 
@@ -164,8 +199,11 @@ def _layout(layer: keras.Layer, variable: keras.Variable, is_last: bool) -> Layo
 def _last_kernels(model: keras.Model, kernels: Mapping[int, Any]) -> set[int]:
     """Ids of the kernels whose outputs are the model's, but for layers without kernels in between.
 
-    A subclassed model does not say how its layers are connected: there it is the last kernel in model order.
+    A subclassed model does not say how its layers are connected: there it is the last kernel in model order. Where it
+    has no `call`, each of its layers may be the last.
     """
+    if not has_call(model):
+        return set[int]().union(*(_last_in(layer, kernels) for layer in model.layers))
     if not getattr(model, "outputs", None):
         return set(list(kernels)[-1:])
     last: set[int] = set()

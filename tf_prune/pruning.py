@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.batches import Batches, inputs_like
+from tf_prune.batches import Batches
 from tf_prune.criteria import Groups
 from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.gradients import Derivatives
@@ -58,20 +58,6 @@ def score(
     """
     scores = Pruner(model, criterion, data, loss, filters=filters, include=include, dropout=dropout).scores()
     return {path: value if value.flags.writeable else value.copy() for path, value in scores.items()}
-
-
-def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, example: Any) -> bool:
-    """Whether anything of the input reaches the outputs; `True` where there is no input to try it on."""
-    if example is None:
-        generator = np.random.default_rng(0)
-        example = inputs_like(model, lambda shape, dtype: generator.integers(0, 2, (8, *shape)).astype(dtype))
-    if example is None:
-        return True
-    fixed = getattr(model, "inputs", None) and model.inputs[0].shape[0]
-    if fixed:  # a model of one batch size only
-        example = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *np.shape(leaf)[1:])), example)
-    first = keras.ops.convert_to_numpy(keras.tree.flatten(example)[0])
-    return bool((first == first[:1]).all()) or derivatives.sees_its_input(masks, example)
 
 
 def _existing_masks(model: keras.Model, derivatives: Derivatives) -> Masks | None:
@@ -217,7 +203,7 @@ class Pruner:
                 'scope="layerwise".',
                 stacklevel=4,
             )
-        elif not _sees_its_input(self.model, self._derivatives, masks, self.batches.example):
+        elif not self._derivatives.sees_its_input(masks, self.batches.example):
             warnings.warn(
                 f"{name} at sparsity {sparsity:g} left a network whose outputs no longer depend on its input: "
                 "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or "
