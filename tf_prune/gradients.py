@@ -22,7 +22,7 @@ Tensors = list[tf.Tensor]
 MaskMapping = Mapping[str, np.ndarray]
 
 
-_SCORING = "Scoring by derivatives"
+_SCORING = "Scoring by derivatives (which magnitude does without)"
 
 
 def _describe(part: Any) -> str:
@@ -181,7 +181,7 @@ class Derivatives:
         softmax or sigmoid is left out: the sum of a softmax is constant.
 
         R multiplies up layer by layer, beyond float32 for a ResNet of 32 layers. Where it does, it is computed in
-        float64 and the gradient is that of `log R`: each gets the factor 1 / R, and their ranking stays.
+        float64 and the gradients get the factor 1 / |R|: their ranking stays.
 
         Args:
             masks: Masks of all variables; `None` keeps all.
@@ -189,11 +189,19 @@ class Derivatives:
         """
         check_call(self._model, _SCORING)
         ones, mask_tensors = self._ones(example), self._mask_tensors(masks)
-        gradients = self._named(self._over_workers(self._flow_function("float32")(ones, mask_tensors), 1))
+        gradients = self._flow("float32", ones, mask_tensors)
         # Too small a flow has lost its digits before it is zero. NaN compares as False.
-        if not 1e-20 < np.max([g.max() for g in gradients.values()]) < np.inf:
-            gradients = self._named(self._over_workers(self._flow_function("float64")(ones, mask_tensors), 1))
+        if not 1e-20 < np.max([np.abs(g).max() for g in gradients.values()]) < np.inf:
+            gradients = self._flow("float64", ones, mask_tensors)
         return gradients
+
+    def _flow(self, precision: str, *args: Any) -> Arrays:
+        try:
+            return self._named(self._over_workers(self._flow_function(precision)(*args), 1))
+        except ValueError:
+            if self._problem:
+                raise ValueError(self._problem) from None
+            raise
 
     def sees_its_input(self, masks: MaskMapping, example: Any = None) -> bool:
         """Whether the masked network's outputs differ between the examples of a batch.
@@ -307,11 +315,15 @@ class Derivatives:
                 tape.watch(weights)
                 with keras.StatelessScope(state_mapping=mapping):
                     outputs = on_logits(floats(self._model(ones, training=False)))
+                if not outputs:
+                    self._problem = f"No output of {self._model.name!r} is of floats, so there is no flow to derive."
+                    raise ValueError(self._problem)
                 if precision == "float64":
                     self._warn_if_below_float64(ones)
                 logits = [tf.cast(output, precision) for output in outputs]
                 flow = tf.add_n([tf.reduce_sum(output) for output in logits])
-                flow = tf.math.log(flow) if precision == "float64" else flow
+                if precision == "float64":  # a factor that keeps the ranking, and the signs where R is negative
+                    flow = flow / tf.stop_gradient(tf.where(flow == 0, tf.ones_like(flow), tf.abs(flow)))
             return _dense(tape.gradient(flow, weights), weights)
 
         def in_float64(*args: Any) -> Tensors:

@@ -96,11 +96,10 @@ def check_call(model: keras.Model, what: str) -> None:
         what: What needs one, at the beginning of a sentence.
     """
     if not has_call(model):
-        inside = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
+        inside = [f"model.{name}" for name, value in vars(model).items() if isinstance(value, keras.Layer)]
         raise ValueError(
-            f"{what} calls the model, and {model.name!r} ({type(model).__name__}) has no `call` of its own. Do it with "
-            f"each of the models inside ({', '.join(inside) or 'it has none'}), such as `model.generator`, with a loss "
-            "of its own; or use a criterion without data, such as magnitude."
+            f"{what} calls the model, and {model.name!r} ({type(model).__name__}) has no `call` of its own. Take what is "
+            f"inside, each by itself: {', '.join(inside) or 'it has nothing'}."
         )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tf_prune.batches import Batches
-from tf_prune.criteria import Groups
+from tf_prune.criteria import SNIP, Groups, SynapticFlow
 from tf_prune.enforcement import apply_masks, masks_of
 from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, check_finite
@@ -199,18 +199,29 @@ class Pruner:
         if emptied:
             warnings.warn(
                 f"{name} at sparsity {sparsity:g} left no weight in {', '.join(emptied)}: nothing passes through "
-                "there any more. Ask for a lower sparsity, another method (SynFlow, FORCE with more steps), or "
-                'scope="layerwise".',
+                f"there any more. Ask for {self._advice(emptied)}.",
                 stacklevel=4,
             )
         elif not self._derivatives.sees_its_input(masks, self.batches.example):
             warnings.warn(
                 f"{name} at sparsity {sparsity:g} left a network whose outputs no longer depend on its input: "
-                "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or "
-                "another method (SynFlow, FORCE with more steps).",
+                f"they are the same for different inputs, every path is cut or dead. Ask for {self._advice(emptied)}.",
                 stacklevel=4,
             )
         return emptied
+
+    def _advice(self, emptied: tuple[str, ...]) -> str:
+        """What may help against a cut network, of what was not done."""
+        method = self._method
+        others = [] if isinstance(method.criterion, SynapticFlow) else ["SynFlow"]
+        others += [] if isinstance(method.criterion, SNIP) and method.revive else ["FORCE"]
+        advice = ["a lower sparsity"]
+        if method.num_steps > 1:
+            advice.append(f"more than {method.num_steps} steps")
+        advice.append(f"another method ({', '.join(others)})")
+        if emptied and self._scope == "global":
+            advice.append('scope="layerwise"')
+        return f"{', '.join(advice[:-1])} or {advice[-1]}"
 
 
 def prune(

@@ -13,7 +13,7 @@ from tf_prune.conversion import batch_size_of, has_trained_ranges, signatures_of
 from tf_prune.enforcement import masks_of
 from tf_prune.parity import Arrays
 from tf_prune.precision import computing_in
-from tf_prune.prunable import check_model, find_kernels
+from tf_prune.prunable import check_call, check_model, find_kernels
 
 
 class KerasSource:
@@ -21,6 +21,7 @@ class KerasSource:
 
     def __init__(self, model: keras.Model, batches: Batches):
         check_model(model)
+        check_call(model, "An export")
         self._model, self._batches = model, batches
         self.layers = {layer.name: type(layer).__name__ for layer in model._flatten_layers(include_self=False)}
         masks = masks_of(model)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from tf_prune.batches import inputs_like
 from tf_prune.conversion import convert, write_saved_model
-from tf_prune.prunable import check_model
+from tf_prune.prunable import check_call, check_model
 from tf_prune.tflite import Graph, Operator, Tensor, read
 from tf_prune.xnnpack import Chain, find_chain
 
@@ -209,6 +209,7 @@ def _content(model: Any) -> bytes:
             f"model must be a Keras 3 model, or the path of a .tflite file or a SavedModel; got {type(model)}."
         )
     check_model(model)
+    check_call(model, "To explain it")
     examples = inputs_like(model, lambda shape, dtype: np.zeros((1, *shape), dtype))
     if examples is None:
         raise ValueError(
