@@ -6,6 +6,7 @@ from keras import layers
 import tf_prune
 from benchmarks import applications
 from tests import helpers
+from tf_prune.precision import computing_in
 
 # As small as they are made. All but V2B0, whose first blocks are of 3x3 convolutions, become ready.
 APPLICATIONS = {
@@ -73,10 +74,11 @@ def test_the_mobile_nets_of_keras_are_made_ready_with_their_shapes_names_and_wei
 def test_what_is_made_ready_of_keras_applications_trains_and_predicts(name):
     model = applications.build(name)
     x = x_of(model, 2)
-    expected = np.asarray(model(x))
     ready, report = tf_prune.make_ready(model)
-    if all(change.is_exact for change in report.changes):
-        np.testing.assert_allclose(np.asarray(ready(x)), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    if all(change.is_exact for change in report.changes):  # in float64: the signal of deep ones fades in float32
+        with computing_in(model, "float64"), computing_in(ready, "float64"):
+            expected = np.asarray(model(x))
+            np.testing.assert_allclose(np.asarray(ready(x)), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     del model
     assert_trains_and_predicts(ready, x)
 
@@ -192,6 +194,53 @@ def test_masks_and_compile_are_carried_over_and_hold():
     for path, mask in tf_prune.masks_of(ready).items():
         (variable,) = [v for v in ready.weights if v.path == path]
         assert not np.asarray(variable)[~mask].any()
+
+
+class OfOnesOwn(keras.losses.Loss):
+    """A loss that Keras cannot find by its name."""
+
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_pred), -1)
+
+
+@pytest.mark.parametrize("loss", [OfOnesOwn(), lambda y, z: keras.ops.mean(z**2)], ids=["class", "lambda"])
+def test_losses_of_ones_own_are_carried_over_themselves(loss):
+    model = keras.Sequential(block([layers.Conv2D(4, 3, 2, "same", name="stem")]))
+    optimizer = keras.optimizers.SGD(0.25, momentum=0.5)
+    model.compile(optimizer, loss, metrics=["mae"], jit_compile=False, steps_per_execution=2)
+    model.fit(x_of(model, 8), np.zeros((8, 2)), batch_size=2, verbose=0)
+    with pytest.warns(UserWarning, match="are trained"):
+        ready, _ = tf_prune.make_ready(model)
+    assert ready.loss is loss
+    assert ready.optimizer is not optimizer
+    assert ready.optimizer.get_config() == optimizer.get_config()
+    assert (ready.jit_compile, ready.steps_per_execution) == (False, 2)
+    assert model.compiled
+    assert int(ready.optimizer.iterations) == 0
+    assert set(ready.fit(x_of(model, 8), np.zeros((8, 2)), verbose=0).history) == {"loss", "mae"}
+
+
+def test_what_cannot_be_compiled_again_is_said():
+    class Odd(keras.optimizers.SGD):
+        def __init__(self, secret):
+            super().__init__()
+
+    model = keras.Sequential(block([layers.Conv2D(4, 3, 2, "same", name="stem")]))
+    model.compile(Odd("secret"), "mse")
+    with pytest.warns(UserWarning, match=r"The new model is not compiled: .*Odd.*Compile it before you train it"):
+        ready, _ = tf_prune.make_ready(model)
+    assert not ready.compiled
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_constants_beside_squeezed_images_are_of_the_type_that_is_computed_in(policy):
+    keras.config.set_dtype_policy(policy)
+    model = squeeze_and_excite(lambda x: layers.ReLU(6.0)(x + 3.0) * (1.0 / 6.0))
+    ready, report = tf_prune.make_ready(model)
+    assert all(change.is_exact for change in report.changes)
+    assert {tensor.dtype for layer in ready.layers[1:] for tensor in keras.tree.flatten(layer.output)} == {policy[6:]}
+    x = x_of(model)
+    np.testing.assert_allclose(ready.predict(x, verbose=0), model.predict(x, verbose=0), rtol=0.02, atol=0.02)
 
 
 def test_nested_and_shared_layers_are_rebuilt_once():

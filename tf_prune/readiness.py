@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tf_prune.batches import inputs_like
 from tf_prune.enforcement import apply_masks, masks_of
-from tf_prune.layers import Masked
+from tf_prune.layers import Masked, uncompiled
 from tf_prune.prunable import check_model, find_kernels
 from tf_prune.sparse_inference import Obstacle, explain
 from tf_prune.xnnpack_operators import BY_MAKE_READY
@@ -111,8 +111,11 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
             f"{type(model).__name__}, whose operators are in its code. Build it with keras.Model(inputs, outputs)."
         )
     rebuilding = _Rebuilding()
-    ready = rebuilding.rebuild(model)
+    with uncompiled(model):
+        ready = rebuilding.rebuild(model)
     rebuilding.copy_weights()
+    if model.compiled:
+        _compile_like(model, ready)
     masks = masks_of(model)
     if masks:
         pairs = zip(find_kernels(model), find_kernels(ready).values(), strict=True)
@@ -136,6 +139,22 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
             stacklevel=2,
         )
     return ready, report
+
+
+def _compile_like(model: keras.Model, ready: keras.Model) -> None:
+    """With the user's losses and metrics themselves, and a new optimizer of the same settings."""
+    try:
+        settings = dict(model._compile_config.config)
+        optimizer = settings["optimizer"]
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
+        ready.compile(**settings)
+    except Exception as error:
+        warnings.warn(
+            f"The new model is not compiled: what {model.name!r} was compiled with cannot be carried over "
+            f"({type(error).__name__}: {error}). Compile it before you train it.",
+            stacklevel=3,
+        )
 
 
 def _is_trained(model: keras.Model) -> bool:
@@ -181,10 +200,7 @@ class _Rebuilding:
 
     def rebuild(self, model: keras.Model) -> keras.Model:
         if isinstance(model, keras.Sequential):
-            plain = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-            if model.compiled:
-                plain.compile_from_config(model.get_compile_config())
-            model = plain
+            model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
         self._last |= {id(tensor._keras_history.operation) for tensor in model.outputs}
         return keras.models.clone_model(model, clone_function=self._clone, call_function=self._call)
 

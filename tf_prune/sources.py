@@ -142,7 +142,7 @@ class SavedModelSource:
 
 def _check_weights(model: keras.Model) -> None:
     for variable in model.weights:
-        array = keras.ops.convert_to_numpy(variable)
+        array = np.asarray(variable)
         if keras.backend.is_float_dtype(variable.dtype) and not np.isfinite(array).all():
             raise ValueError(
                 f"{variable.path!r} holds NaN or infinity, so the outputs would mean nothing. Train with a smaller "
