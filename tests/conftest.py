@@ -1,5 +1,7 @@
+import functools
 import gc
 import os
+import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -17,6 +19,21 @@ tf.config.set_logical_device_configuration(
 
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+
+def _as_keras_saves(function):
+    """Keras's own writing of files, and it alone, converts variables in the way of which NumPy 2 warns."""
+
+    @functools.wraps(function)
+    def saved(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
+            return function(*args, **kwargs)
+
+    return saved
+
+
+keras.Model.save, keras.Model.save_weights = map(_as_keras_saves, (keras.Model.save, keras.Model.save_weights))
 
 
 def pytest_collection_finish(session):

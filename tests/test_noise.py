@@ -200,4 +200,3 @@ def test_spectral_normalization_is_scored_the_same_each_time_and_stays_as_it_was
     masks = tf_prune.prune(model, "snip", 0.5, helpers.batch(), verbose=0).masks
     model.fit(*helpers.batch(), verbose=0)
     helpers.assert_masks_hold(model, masks)
-

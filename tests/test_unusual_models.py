@@ -188,7 +188,9 @@ def test_a_network_whose_output_is_its_loss_is_scored():
     model = keras.Model(inputs, loss)
     assert tf_prune.prune(model, "synflow", 0.5, verbose=0).sparsity == 0.5
     with pytest.raises(ValueError, match=r"^No output of '.*' is of floats"):
-        tf_prune.score(keras.Model(inputs, layers.Lambda(lambda z: tf.argmax(z, -1))(layers.Dense(4)(inputs))), "synflow")
+        tf_prune.score(
+            keras.Model(inputs, layers.Lambda(lambda z: tf.argmax(z, -1))(layers.Dense(4)(inputs))), "synflow"
+        )
 
 
 # -- policies ---------------------------------------------------------------------------------------

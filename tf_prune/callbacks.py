@@ -58,7 +58,7 @@ class PruningCallback(HoldMasks):
         structure: What is pruned together; as in `tf_prune.prune`.
         filters: Which layers; see `find_prunable`.
         include: What is prunable only on request; see `find_prunable`.
-        dropout: Whether dropout and noise layers act while scoring.
+        dropout: Whether dropout, noise and augmentation layers act while scoring.
         verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 
     Attributes:

@@ -42,8 +42,8 @@ class Derivatives:
     raised. Each derivative is traced once; masks enter the compiled function as arguments.
 
     The loss is a cross-entropy on logits wherever the model's loss is a cross-entropy, also if the model ends
-    in a softmax. It is the loss function's value alone: regularizers and `add_loss` are not part of it. Dropout
-    and noise layers are off unless they are asked for. XLA compiles it where the model was compiled with
+    in a softmax. It is the loss function's value alone: regularizers and `add_loss` are not part of it. Dropout,
+    noise and augmentation layers are off unless they are asked for. XLA compiles it where the model was compiled with
     `jit_compile=True`.
 
     Args:
@@ -51,7 +51,7 @@ class Derivatives:
         variables: Mapping of path to the variables to differentiate by.
         loss: A Keras loss, its name, or a callable `(y, outputs)`; `None` takes the compiled one. `"uniform"`,
             `"prediction"` and `"prediction_raw"` need no labels.
-        dropout: Whether dropout and noise layers act; with the same noise in each batch, as the model's seeds stay.
+        dropout: Whether dropout, noise and augmentation act; the same in each batch, as the model's seeds stay.
     """
 
     def __init__(
@@ -224,9 +224,7 @@ class Derivatives:
         """Inputs that are not the same for each example, or `None`."""
         if example is None:
             generator = np.random.default_rng(0)
-            example = inputs_like(
-                self._model, lambda shape, dtype: generator.integers(0, 2, (8, *shape)).astype(dtype)
-            )
+            example = inputs_like(self._model, lambda shape, dtype: generator.integers(0, 2, (8, *shape)).astype(dtype))
         fixed = getattr(self._model, "inputs", None) and self._model.inputs[0].shape[0]
         if example is not None and fixed:  # a model of one batch size only
             example = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *np.shape(leaf)[1:])), example)

@@ -149,6 +149,7 @@ def _flat(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
 
 # -- what is computed ---------------------------------------------------------------------------------
 
+
 class _Traced:
     """Some Jacobians as one compiled function of a batch of inputs; called, it gives their singular values."""
 

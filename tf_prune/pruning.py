@@ -43,7 +43,7 @@ def score(
         loss: As in `prune`.
         filters: Which layers; see `find_prunable`.
         include: What is scored only on request; see `find_prunable`.
-        dropout: Whether dropout and noise layers act while scoring.
+        dropout: Whether dropout, noise and augmentation layers act while scoring.
 
     Returns:
         Dict from `variable.path` to a float32 array of the kernel's shape; larger = keep.
@@ -264,7 +264,7 @@ def prune(
             `Blocks(inputs=8)`.
         filters: Which layers; see `find_prunable`. Kernels of the others do not count in d.
         include: What is prunable only on request, `"embeddings"` for one; see `find_prunable`.
-        dropout: Whether dropout and noise layers act while scoring.
+        dropout: Whether dropout, noise and augmentation layers act while scoring.
         verbose: 0 is silent, 1 shows a progress bar while an iterative method runs, or over several batches.
 
     Returns:
