@@ -179,7 +179,7 @@ def test_what_was_done_already_is_not_advised_against_a_cut(method, scope, advis
         (
             "synflow",
             "relu6",
-            r"SynFlow gives 0 to every weight of first/kernel, second/kernel: .*ReLU6.*smaller initial",
+            r"SynFlow gives 0 to every weight of first/kernel, second/kernel: .*ReLU6.*smaller",
         ),
         ("snip", "dead", r"SNIP gives 0 to every weight of first/kernel, second/kernel, head/kernel.*dead units"),
         ("magnitude", "zeros", r"Magnitude gives 0 to every weight of second/kernel: .*Their weights are 0"),
