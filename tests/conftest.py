@@ -21,19 +21,20 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, de
 hypothesis.settings.load_profile("tests")
 
 
-def _as_keras_saves(function):
-    """Keras's own writing of files, and it alone, converts variables in the way of which NumPy 2 warns."""
+def _as_keras_converts(function):
+    """Keras's own saving and quantizing, and they alone, convert variables in the way of which NumPy 2 warns."""
 
     @functools.wraps(function)
-    def saved(*args, **kwargs):
+    def excused(*args, **kwargs):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
             return function(*args, **kwargs)
 
-    return saved
+    return excused
 
 
-keras.Model.save, keras.Model.save_weights = map(_as_keras_saves, (keras.Model.save, keras.Model.save_weights))
+for _name in ("save", "save_weights", "quantize"):
+    setattr(keras.Model, _name, _as_keras_converts(getattr(keras.Model, _name)))
 
 
 def pytest_collection_finish(session):

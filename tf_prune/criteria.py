@@ -20,8 +20,8 @@ class Criterion(abc.ABC):
 
     # What a warning says where whole kernels score 0.
     why_zero: ClassVar[str] = (
-        "Their weights are 0, or nothing of the loss reaches them: dead units, a scale that begins at 0, an output that "
-        "is not trained. Mend that, leave them out with filters=..., or use another method, such as magnitude."
+        "Their weights are 0, or nothing of the loss reaches them: dead units, a scale that begins at 0, an output "
+        "that is not trained. Mend that, leave them out with filters=..., or use another method, such as magnitude."
     )
 
     @abc.abstractmethod
@@ -235,8 +235,8 @@ class SynapticFlow(Criterion):
     >>> SynapticFlow()
     SynapticFlow()
 
-    Activations that saturate, such as ReLU6, let no flow of absolute weights through: kernels before them score 0, which
-    `prune` warns of.
+    Activations that saturate, such as ReLU6, let no flow of absolute weights through: kernels before them score 0, of
+    which `prune` warns.
 
     Source: Tanaka et al. 2020, Eq. 2 and Algorithm 1. Deviation: a final softmax is left out.
     """

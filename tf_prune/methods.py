@@ -149,8 +149,8 @@ class Iterative:
             when = f", at step {step} of {self.num_steps}" if step > 1 else ""
             cut = "The step before has cut the network: ask for a lower sparsity or for more steps."
             warnings.warn(
-                f"{self.name} gives 0 to every weight of {shown}{when}: which of them stay is decided by their position. "
-                f"{cut if step > 1 else self.criterion.why_zero}",
+                f"{self.name} gives 0 to every weight of {shown}{when}: which of them stay is decided by their "
+                f"position. {cut if step > 1 else self.criterion.why_zero}",
                 stacklevel=4,
             )
         return bool(blind)

@@ -98,8 +98,8 @@ def check_call(model: keras.Model, what: str) -> None:
     if not has_call(model):
         inside = [f"model.{name}" for name, value in vars(model).items() if isinstance(value, keras.Layer)]
         raise ValueError(
-            f"{what} calls the model, and {model.name!r} ({type(model).__name__}) has no `call` of its own. Take what is "
-            f"inside, each by itself: {', '.join(inside) or 'it has nothing'}."
+            f"{what} calls the model, and {model.name!r} ({type(model).__name__}) has no `call` of its own. Take what "
+            f"is inside, each by itself: {', '.join(inside) or 'it has nothing'}."
         )
 
 
