@@ -24,7 +24,7 @@ class Gan(keras.Model):
         super().__init__(name="gan")
         self.generator = keras.Sequential([keras.Input((8,)), layers.Dense(12, "relu"), layers.Dense(8)], name="g")
         self.critic = keras.Sequential([keras.Input((8,)), layers.Dense(6), layers.Dropout(0.1), layers.Dense(1)])
-        self.noise = layers.GaussianNoise(0.1)
+        self.noise, self.join = layers.GaussianNoise(0.1), layers.Concatenate()
 
     def train_step(self, data):
         with tf.GradientTape() as tape:

@@ -76,11 +76,9 @@ def layers_to_build(model: keras.Model) -> list[str]:
     """Names of the layers whose weights are still to be made, in a model that was never called."""
     if model.built:
         return []
-    return [
-        layer.name
-        for layer in model._flatten_layers(include_self=False)
-        if not layer.built and type(layer).build is not keras.Layer.build and not isinstance(layer, keras.Model)
-    ]
+    waiting = [layer for layer in model._flatten_layers(include_self=False) if not layer.built]
+    without = (keras.Model, layers.Add.__base__)  # What a model has is inside; merging layers have nothing.
+    return [one.name for one in waiting if type(one).build is not keras.Layer.build and not isinstance(one, without)]
 
 
 def has_call(model: keras.Model) -> bool:

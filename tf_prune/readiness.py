@@ -95,7 +95,7 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
         ValueError: If the model is subclassed, or does not say the shape of its inputs.
 
     Warns:
-        UserWarning: If weights are trained and outputs change.
+        UserWarning: If weights are trained and outputs change, or if the new model cannot be compiled like the old one.
 
     Example:
         model, report = tf_prune.make_ready(keras.applications.MobileNetV2(weights=None, classes=10))
