@@ -291,3 +291,10 @@ def test_the_layers_own_losses_are_kept_where_masks_are_substituted():
         found.append(sorted(float(loss) for loss in losses))
     assert len(found[1]) == 2
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+
+
+def test_a_model_that_was_compiled_with_a_loss_of_ones_own_is_wrapped_and_the_copy_is_not_compiled():
+    model = helpers.build("mlp")
+    model.compile("sgd", lambda y, z: keras.ops.mean(z**2))
+    wrapped = tf_prune.wrap(model)
+    assert (model.compiled, wrapped.compiled, tf_prune.strip(wrapped).compiled) == (True, False, False)

@@ -74,8 +74,34 @@ def test_a_layer_that_writes_a_variable_is_an_error_before_it_writes():
     assert float(layer.calls) == before
 
 
+class Sampling(keras.Layer):
+    """The noise of a variational autoencoder, which is no noise of training."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.seed_generator)
+
+
+class StochasticDepth(keras.Layer):
+    """As in the networks that drop whole paths; its rate has no name that is known."""
+
+    def __init__(self, drop_path_rate):
+        super().__init__()
+        self.seeds, self.drop_path_rate = keras.random.SeedGenerator(1), drop_path_rate
+
+    def call(self, x, training=None):
+        if not training:
+            return x
+        keep = 1 - self.drop_path_rate
+        shape = (keras.ops.shape(x)[0],) + (1,) * (len(x.shape) - 1)
+        return x / keep * keras.ops.floor(keep + keras.random.uniform(shape, seed=self.seeds))
+
+
 def test_a_layer_with_a_seed_of_keras_is_repeatable():
-    model = around(layers.RandomFlip(seed=1))
+    model = around(Sampling())
     one, other = (tf_prune.score(model, "snip", helpers.batch()) for _ in range(2))
     for a, b in zip(one.values(), other.values(), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -115,3 +141,62 @@ def test_dropout_acts_while_scoring_only_if_it_is_asked_for():
     np.testing.assert_array_equal(on, again)
     assert (on != off).mean() > 0.5
     assert with_dropout.layers[0].rate == 0.9
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.RandomFlip(seed=1),
+        lambda: layers.RandomCrop(4, 4, seed=1),
+        lambda: layers.RandomRotation(0.3, seed=1),
+        lambda: layers.MixUp(seed=1),
+        lambda: layers.RandAugment((-2, 2), seed=1),
+        lambda: layers.Pipeline([layers.RandomTranslation(0.3, 0.3, seed=1)]),
+        lambda: layers.AlphaDropout(0.5, seed=1),
+        lambda: StochasticDepth(0.5),
+    ],
+    ids=["flip", "crop", "rotation", "mixup", "randaugment", "pipeline", "alpha dropout", "stochastic depth"],
+)
+def test_what_only_training_draws_is_off_unless_it_is_asked_for(layer):
+    """The scores are those of the network behind it, on what it gives in inference."""
+    layer, (x, y) = layer(), helpers.batch()
+    x = np.tile(x, (1, 1, 1, 3))
+    model = around(layer, (6, 6, 3))
+    seen = x[:, 1:5, 1:5] if isinstance(layer, layers.RandomCrop) else x
+    plain = around(layers.Activation("linear"), seen.shape[1:])
+    plain.get_layer("head").set_weights(model.get_layer("head").get_weights())
+    before = dict(vars(layer))
+    (off,) = tf_prune.score(model, "snip", (x, y)).values()
+    (expected,) = tf_prune.score(plain, "snip", (seen, y)).values()
+    np.testing.assert_allclose(off, expected, rtol=1e-5, atol=1e-7)
+    on, again = (tf_prune.score(model, "snip", (x, y), dropout=True).popitem()[1] for _ in range(2))
+    np.testing.assert_array_equal(on, again)
+    assert (on != off).mean() > 0.5
+    assert "call" not in vars(layer)
+    assert vars(layer).keys() >= before.keys()
+
+
+def test_augmentation_is_on_again_after_an_error_and_batch_statistics_stay_on():
+    flip = layers.RandomFlip(seed=1)
+    model = keras.Sequential([keras.Input((6, 6, 1)), flip, layers.BatchNormalization(), layers.Flatten()])
+    model.add(layers.Dense(4, name="head"))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = helpers.batch()
+    with pytest.raises(ValueError, match="cannot be computed on this batch"):
+        tf_prune.score(model, "snip", (x[:, :5], y))
+    assert "call" not in vars(flip)
+    (scores,) = tf_prune.score(model, "snip", (10 * x, y)).values()
+    (of_smaller,) = tf_prune.score(model, "snip", (x, y)).values()
+    np.testing.assert_allclose(scores, of_smaller, rtol=1e-2, atol=1e-3 * scores.max())
+
+
+def test_spectral_normalization_is_scored_the_same_each_time_and_stays_as_it_was():
+    model = around(layers.SpectralNormalization(layers.Conv2D(3, 3)))
+    before = helpers.state(model)
+    one, other = (tf_prune.score(model, "snip", helpers.batch()) for _ in range(2))
+    for a, b in zip(one.values(), other.values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    helpers.assert_same_state(before, model)
+    masks = tf_prune.prune(model, "snip", 0.5, helpers.batch(), verbose=0).masks
+    model.fit(*helpers.batch(), verbose=0)
+    helpers.assert_masks_hold(model, masks)

@@ -1,4 +1,6 @@
+import contextlib
 import itertools
+import re
 
 import keras
 import numpy as np
@@ -12,6 +14,7 @@ from tests import helpers
 from tf_prune import methods
 from tf_prune.batches import Batches
 from tf_prune.gradients import Derivatives
+from tf_prune.pruning import Pruner
 
 X = helpers.batch()[0]
 
@@ -156,6 +159,54 @@ def test_an_emptied_layer_is_a_warning_and_in_the_report():
         report = tf_prune.prune(model, "magnitude", 0.9)
     assert [path.split("/")[-2] for path in report.emptied] == ["head"]
     assert "emptied" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("method", "scope", "advised"),
+    [
+        ("magnitude", "global", 'a lower sparsity, another method (SynFlow, FORCE) or scope="layerwise"'),
+        ("magnitude", "layerwise", "a lower sparsity or another method (SynFlow, FORCE)"),
+        (tf_prune.SynFlow(2), "layerwise", "a lower sparsity, more than 2 steps or another method (FORCE)"),
+        (tf_prune.FORCE(3), "erk", "a lower sparsity, more than 3 steps or another method (SynFlow)"),
+        (tf_prune.IterativeSNIP(3), "erk", "a lower sparsity, more than 3 steps or another method (SynFlow, FORCE)"),
+    ],
+)
+def test_what_was_done_already_is_not_advised_against_a_cut(method, scope, advised):
+    pruner = Pruner(helpers.build("mlp"), method, helpers.batch(), scope=scope)
+    nothing = {path: np.zeros(v.shape, bool) for path, v in pruner.variables.items()}
+    with pytest.warns(UserWarning, match=re.escape(f"Ask for {advised}.")):
+        pruner._warn_if_cut(tf_prune.Masks(nothing), 0.99)
+
+
+@pytest.mark.parametrize(
+    ("method", "saturating", "words"),
+    [
+        (
+            "synflow",
+            "relu6",
+            r"SynFlow gives 0 to every weight of first/kernel, second/kernel: .*ReLU6.*smaller",
+        ),
+        ("snip", "dead", r"SNIP gives 0 to every weight of first/kernel, second/kernel, head/kernel.*dead units"),
+        ("magnitude", "zeros", r"Magnitude gives 0 to every weight of second/kernel: .*Their weights are 0"),
+        ("synflow", "relu", None),
+        ("snip", "relu", None),
+        ("magnitude", "relu", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*no longer depend on its input")  # nor did the dead ones before
+def test_kernels_that_are_ranked_by_position_alone_are_a_warning(method, saturating, words):
+    inputs = x = keras.Input((36,))
+    for name in ("first", "second"):
+        kernel = "zeros" if saturating == "zeros" and name == "second" else keras.initializers.HeNormal(seed=1)
+        x = keras.layers.Dense(40, kernel_initializer=kernel, name=name)(x)
+        x = keras.layers.ReLU(6.0 if saturating == "relu6" else None)(x - 1e6 if saturating == "dead" else x)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="head")(x))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = helpers.batch()
+    with pytest.warns(UserWarning, match=words) if words else contextlib.nullcontext():
+        method = tf_prune.SynFlow(5) if method == "synflow" else method
+        report = tf_prune.prune(model, method, 0.5, (x.reshape(len(x), -1), y), scope="layerwise", verbose=0)
+    assert report.sparsity == 0.5
 
 
 @pytest.mark.parametrize("data", [helpers.batch(), None], ids=["on data", "without data"])

@@ -16,7 +16,7 @@ from tf_prune.evidence import mask_again, masks_of, sparsity_of_model
 from tf_prune.examples import rows
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
-from tf_prune.prunable import Filters, Include, find_prunable
+from tf_prune.prunable import Filters, Include, find_prunable, has_call
 from tf_prune.pruning import Pruner, PruningReport, Scope
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
@@ -77,7 +77,7 @@ class PruningCallback(HoldMasks):
         structure: What is pruned together; as in `tf_prune.prune`.
         filters: Which layers; see `find_prunable`.
         include: What is prunable only on request, such as kernels of one's own layers; see `find_prunable`.
-        dropout: Whether dropout and noise layers act while scoring.
+        dropout: Whether dropout, noise and augmentation layers act while scoring.
         num_batches: As in `tf_prune.prune`. Where the data is endless or does not say its length, `None` reads at most
             as many as an epoch has steps.
         batch_size: Cuts one batch of arrays into batches; as in `tf_prune.prune`.
@@ -122,7 +122,7 @@ class PruningCallback(HoldMasks):
         self.report: PruningReport | None = None
 
     def _pruner(self) -> Pruner:
-        if not self.model.built and self.data is not None:
+        if not self.model.built and has_call(self.model) and self.data is not None:
             self._build()
         steps = (self.params or {}).get("steps")
         return Pruner(self.model, self.method, self.data, self.loss, **self.options, limit=steps)

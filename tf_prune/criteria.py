@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,12 @@ Groups = Mapping[str, Grouping]
 
 class Criterion(abc.ABC):
     """What the pruning loop asks of a criterion. Each is a frozen dataclass: its fields are its options."""
+
+    # What a warning says where whole kernels score 0.
+    why_zero: ClassVar[str] = (
+        "Their weights are 0, or nothing of the loss reaches them: dead units, a scale that begins at 0, an output "
+        "that is not trained. Mend that, leave them out with filters=..., or use another method, such as magnitude."
+    )
 
     @abc.abstractmethod
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
@@ -228,8 +235,16 @@ class SynapticFlow(Criterion):
     >>> SynapticFlow()
     SynapticFlow()
 
+    Activations that saturate, such as ReLU6, let no flow of absolute weights through: kernels before them score 0, of
+    which `prune` warns.
+
     Source: Tanaka et al. 2020, Eq. 2 and Algorithm 1. Deviation: a final softmax is left out.
     """
+
+    why_zero: ClassVar[str] = (
+        "The absolute weights drive the activations behind them to where they are flat (ReLU6, sigmoid, tanh). Use "
+        "activations that do not saturate, smaller initial weights, or another method."
+    )
 
     def scores(self, derivatives: Derivatives, batches: Batches, masks: MaskMapping | None, groups: Groups) -> Arrays:
         """See `Criterion.scores`. Of `batches` only the shape of one input is used."""

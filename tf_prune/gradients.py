@@ -11,10 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_prune.batches import Batches, inputs_like
+from tf_prune.calls import floats, on_logits
 from tf_prune.examples import Batch, rows, size_of
 from tf_prune.losses import ModelLoss
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
-from tf_prune.precision import computing_in_float64
+from tf_prune.precision import computing_in_float64, first_below_float64
+from tf_prune.prunable import check_call
 
 Arrays = dict[str, np.ndarray]
 Tensors = list[tf.Tensor]
@@ -52,6 +54,9 @@ def _as_ones(leaf: Any) -> Any:
     return tf.ones(leaf.shape, leaf.dtype)
 
 
+_SCORING = "Scoring by derivatives (which magnitude does without)"
+
+
 def _describe(part: Any) -> str:
     leaves = [as_numpy(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
     texts = [
@@ -69,8 +74,8 @@ class Derivatives:
     raised. Each derivative is traced once; masks enter the compiled function as arguments.
 
     The loss is a cross-entropy on logits wherever the model's loss is a cross-entropy, also if the model ends
-    in a softmax. It is the loss function's value alone: regularizers and `add_loss` are not part of it. Dropout
-    and noise layers are off unless they are asked for. XLA compiles it where the model was compiled with
+    in a softmax. It is the loss function's value alone: regularizers and `add_loss` are not part of it. Dropout,
+    noise and augmentation layers are off unless they are asked for. XLA compiles it where the model was compiled with
     `jit_compile=True`.
 
     Args:
@@ -78,7 +83,7 @@ class Derivatives:
         variables: Mapping of path to the variables to differentiate by.
         loss: A Keras loss, its name, or a callable `(y, outputs)`; `None` takes the compiled one. `"uniform"`,
             `"prediction"` and `"prediction_raw"` need no labels.
-        dropout: Whether dropout and noise layers act; with the same noise in each batch, as the model's seeds stay.
+        dropout: Whether dropout, noise and augmentation act; the same in each batch, as the model's seeds stay.
     """
 
     def __init__(
@@ -211,39 +216,69 @@ class Derivatives:
         softmax or sigmoid is left out: the sum of a softmax is constant.
 
         R multiplies up layer by layer, beyond float32 for a ResNet of 32 layers. Where it does, it is computed in
-        float64 and the gradient is that of `log R`: each gets the factor 1 / R, and their ranking stays.
+        float64 and the gradients get the factor 1 / |R|: their ranking stays.
 
         Args:
             masks: Masks of all variables; `None` keeps all.
             example: An input batch that gives the shape where the model does not (subclassed, or of any size); of
                 strings, which have no ones, the input itself.
         """
+        check_call(self._model, _SCORING)
         ones, mask_tensors = self._ones(example), self._mask_tensors(masks)
-        gradients = self._named(self._over_workers(self._flow_function("float32")(ones, mask_tensors), 1))
+        gradients = self._flow("float32", ones, mask_tensors)
         # Too small a flow has lost its digits before it is zero. NaN compares as False.
-        if not 1e-20 < np.max([g.max() for g in gradients.values()]) < np.inf:
-            gradients = self._named(self._over_workers(self._flow_function("float64")(ones, mask_tensors), 1))
+        if not 1e-20 < np.max([np.abs(g).max() for g in gradients.values()]) < np.inf:
+            gradients = self._flow("float64", ones, mask_tensors)
         return gradients
 
-    def sees_its_input(self, masks: MaskMapping, example: Any) -> bool:
+    def _flow(self, precision: str, *args: Any) -> Arrays:
+        try:
+            return self._named(self._over_workers(self._flow_function(precision)(*args), 1))
+        except ValueError:
+            if self._problem:
+                raise ValueError(self._problem) from None
+            raise
+
+    def sees_its_input(self, masks: MaskMapping, example: Any = None) -> bool:
         """Whether the masked network's outputs differ between the examples of a batch.
 
         In a deep network that was never trained they may with the batch's statistics alone: with the moving ones its
-        signals fade. Either will do.
+        signals fade. Either will do. `True` also where it cannot be told: without inputs that differ, without outputs
+        of floats that have a row for each example, or if the model cannot be called on them.
 
         Args:
             masks: Masks of all variables.
-            example: Inputs that differ from each other.
+            example: Inputs; `None` draws some, if the model says their shape.
         """
+        try:
+            example = self._differing(example)
+            return example is None or any(self._outputs_differ(masks, example, training) for training in (False, True))
+        except Exception:  # It serves a warning alone, and must not fail where pruning does not.
+            return True
+
+    def _differing(self, example: Any) -> Any:
+        """Inputs that are not the same for each example, or `None`."""
+        if example is None:
+            generator = np.random.default_rng(0)
+            example = inputs_like(self._model, lambda shape, dtype: generator.integers(0, 2, (8, *shape)).astype(dtype))
+        fixed = getattr(self._model, "inputs", None) and self._model.inputs[0].shape[0]
+        if example is not None and fixed:  # a model of one batch size only
+            example = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *np.shape(leaf)[1:])), example)
+        leaves = [as_numpy(leaf) for leaf in keras.tree.flatten(example) if leaf is not None]
+        return example if any((leaf != leaf[:1]).any() for leaf in leaves) else None
+
+    def _outputs_differ(self, masks: MaskMapping, example: Any, training: bool) -> bool:
         weights = self._masked_weights(self._mask_tensors(masks))
-        for training in (False, True):
-            scope = keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True)))
-            with scope, noise_off(self._model):
-                inputs = keras.tree.map_structure(_as_tensor, example)
-                outputs = keras.tree.flatten(self._model(inputs, training=training))
-            if any(bool(tf.reduce_any(output != output[:1])) for output in outputs):
-                return True
-        return False
+        scope = keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True)))
+        with scope, noise_off(self._model):
+            inputs = keras.tree.map_structure(_as_tensor, example)
+            outputs = keras.tree.flatten(self._model(inputs, training=training))
+        # Classes are the same for many inputs, and a loss is one for all of them.
+        rows = size_of(example)
+        tensors = [output.to_tensor() if isinstance(output, tf.RaggedTensor) else output for output in outputs]
+        tensors = [tensor for tensor in tensors if tf.is_tensor(tensor) and tensor.dtype.is_floating]
+        tensors = [tensor for tensor in tensors if tensor.shape.rank and len(tensor) == rows]
+        return not tensors or any(bool(tf.reduce_any(tensor != tensor[:1])) for tensor in tensors)
 
     # -- what is traced ------------------------------------------------------------------------
 
@@ -264,6 +299,7 @@ class Derivatives:
     def _gradient_function(
         self, temperature: float, training: bool, times_weights: bool = False
     ) -> Callable[..., Tensors]:
+        check_call(self._model, _SCORING)
         self._loss.check(temperature)
 
         def gradient(batch: Batch, masks: Tensors | None) -> Tensors:
@@ -282,6 +318,7 @@ class Derivatives:
         self, temperature: float, training: bool, times_weights: bool = False
     ) -> Callable[..., Tensors]:
         """Hessian times a vector, or times the gradient of the batch itself where the vector is `None`."""
+        check_call(self._model, _SCORING)
         self._loss.check(temperature)
 
         def hessian_product(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
@@ -313,10 +350,16 @@ class Derivatives:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(weights)
                 with keras.StatelessScope(state_mapping=mapping):
-                    outputs = keras.tree.flatten(self._model(ones, training=False))
-                logits = [tf.cast(getattr(output, "_keras_logits", output), precision) for output in outputs]
+                    outputs = on_logits(floats(self._model(ones, training=False)))
+                if not outputs:
+                    self._problem = f"No output of {self._model.name!r} is of floats, so there is no flow to derive."
+                    raise ValueError(self._problem)
+                if precision == "float64":
+                    self._warn_if_below_float64(ones)
+                logits = [tf.cast(output, precision) for output in outputs]
                 flow = tf.add_n([tf.reduce_sum(output) for output in logits])
-                flow = tf.math.log(flow) if precision == "float64" else flow
+                if precision == "float64":  # a factor that keeps the ranking, and the signs where R is negative
+                    flow = flow / tf.stop_gradient(tf.where(flow == 0, tf.ones_like(flow), tf.abs(flow)))
             return _dense(tape.gradient(flow, weights), weights)
 
         def in_float64(*args: Any) -> Tensors:
@@ -324,6 +367,16 @@ class Derivatives:
                 return flow_gradient(*args)
 
         return self._function(("flow", precision), in_float64 if precision == "float64" else flow_gradient)
+
+    def _warn_if_below_float64(self, ones: Any) -> None:
+        low = first_below_float64(tf.compat.v1.get_default_graph(), keras.tree.flatten(ones))
+        if low is not None:
+            warnings.warn(
+                f"The synaptic flow is beyond float32, and {low.name!r} ({low.type}) computes in "
+                f"{low.outputs[0].dtype.name} all the same: what overflows or vanishes there is not seen. Let a "
+                "layer of your own compute in self.compute_dtype, or initialize the weights smaller.",
+                stacklevel=2,
+            )
 
     def _times_weights(self, values: Tensors) -> Tensors:
         """In the compiled function, on all cores."""

@@ -14,8 +14,8 @@ from tf_prune.calls import Call, floats, layer_called, layers_with_kernels, on_l
 from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
-from tf_prune.precision import computing_in_float64
-from tf_prune.prunable import Filters, check_model, matches
+from tf_prune.precision import computing_in_float64, first_below_float64
+from tf_prune.prunable import Filters, check_call, check_model, matches
 from tf_prune.spectrum import Spectrum, singular_values
 
 _MOST_ENTRIES = 2**22  # of the Jacobians that are computed at once: 32 MiB
@@ -59,6 +59,7 @@ def jacobian_spectrum(
     check_model(model)
     check_masks_hold(model)
     check_not_quantized(model, "A spectrum is taken in float64", "Measure the model before model.quantize.")
+    check_call(model, "A Jacobian")
     layers = {name: layer_called(model, name) for name in (start, end) if name is not None}
 
     def ends(calls: list[Call], inputs: list[tf.Tensor], outputs: Any) -> list["_Segment"]:
@@ -102,6 +103,7 @@ def layerwise_spectra(
     check_model(model)
     check_masks_hold(model)
     check_not_quantized(model, "A spectrum is taken in float64", "Measure the model before model.quantize.")
+    check_call(model, "A Jacobian")
     layers = [layer for layer in dict.fromkeys(layers_with_kernels(model)) if matches(layer, filters)]
     if not layers:
         raise ValueError(f"The model {model.name!r} has no layer with kernels that filters={filters!r} chooses.")
@@ -152,21 +154,6 @@ def _flat(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
 
 
 # -- what is computed ---------------------------------------------------------------------------------
-
-# What enters a loop or a call leaves it again among its outputs, weights too.
-_CONTAINERS = re.compile("(Stateless)?(While|If)|(Stateful)?PartitionedCall")
-
-
-def _first_in_low_precision(graph: tf.Graph, sources: list[tf.Tensor]) -> tf.Operation | None:
-    """The first operation on the way from the sources that computes in less than float64."""
-    reached = {tensor.name for tensor in sources}
-    for operation in graph.get_operations():
-        if any(tensor.name in reached for tensor in operation.inputs):
-            floats = [tensor for tensor in operation.outputs if tensor.dtype.is_floating]
-            if any(tensor.dtype != tf.float64 for tensor in floats) and not _CONTAINERS.fullmatch(operation.type):
-                return operation
-            reached.update(tensor.name for tensor in floats if tensor.dtype == tf.float64)
-    return None
 
 
 class _Traced:
@@ -220,7 +207,7 @@ class _Traced:
             ends = [(_flat(segment.target), _flat(segment.through)) for segment in segments]
         jacobians = [self._of_segment(tape, segment, *end) for segment, end in zip(segments, ends, strict=True)]
         graph = tf.compat.v1.get_default_graph()
-        low = _first_in_low_precision(graph, [*inputs, *(source for segment in segments for source in segment.source)])
+        low = first_below_float64(graph, [*inputs, *(source for segment in segments for source in segment.source)])
         problem = why_not_repeatable(graph)
         if low is not None:
             problem = (

@@ -1,7 +1,8 @@
 """`Masked`: a layer whose masks are weights of the model and travel in its file."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -214,9 +215,22 @@ def _copy(layer: keras.Layer) -> keras.Layer:
     return type(layer).from_config(layer.get_config())
 
 
+@contextlib.contextmanager
+def uncompiled(model: keras.Model) -> Iterator[None]:
+    """Keras clones what a model was compiled with by its config, which fails for losses that it does not know."""
+    compiled = [part for part in model._flatten_layers() if getattr(part, "compiled", False)]
+    try:
+        for part in compiled:
+            part.compiled = False
+        yield
+    finally:
+        for part in compiled:
+            part.compiled = True
+
+
 def _rebuilt(model: keras.Model, replace: Callable[[keras.Layer], keras.Layer]) -> keras.Model:
     check_model(model)
-    with model.distribute_strategy.scope():
+    with model.distribute_strategy.scope(), uncompiled(model):
         try:
             new = keras.models.clone_model(model, _inputs_like(model), clone_function=replace, recursive=True)
         except (ValueError, NotImplementedError) as error:

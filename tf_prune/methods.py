@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,6 +104,7 @@ class Iterative:
         if current is None and self.num_steps > 1:
             # All ones, not None, so that the first step is traced like the others: once for all.
             current = Masks({path: np.ones(shape, bool) for path, shape in shapes.items()})
+        is_blind = False
         for step in range(1, self.num_steps + 1):
             data = batches if self.num_batches is None else batches.take(self.num_batches)
             if verbose and self.num_steps == 1:
@@ -126,12 +128,32 @@ class Iterative:
                 or_fewer=not is_last,
                 shapes=shapes,
             )
+            if not is_blind:
+                is_blind = self._warn_if_blind(step, scores, kept, allowed)
             current = _spread(groups, kept, among)
             del scores, allowed, first  # before the next step needs the memory
             if progress:
                 progress.update(step, [("sparsity", kept.sparsity)], finalize=is_last)
         assert current is not None  # noqa: S101 - for the type checker: num_steps is at least 1
         return current, kept
+
+    def _warn_if_blind(self, step: int, scores: Arrays, kept: Masks, allowed: Arrays | None) -> bool:
+        """Says so if whole kernels score 0, yet some of their weights are chosen; later on, if all kernels do."""
+        if step > 1 and any(score.any() for score in scores.values()):
+            return False
+        zero = [path for path, score in scores.items() if not score.any()]
+        free = {path: kept[path] if allowed is None else kept[path][allowed[path]] for path in zero}
+        blind = [path for path, mask in free.items() if mask.any() and not mask.all()]
+        if blind:
+            shown = ", ".join(blind[:4]) + (f" and {len(blind) - 4} more" if len(blind) > 4 else "")
+            when = f", at step {step} of {self.num_steps}" if step > 1 else ""
+            cut = "The step before has cut the network: ask for a lower sparsity or for more steps."
+            warnings.warn(
+                f"{self.name} gives 0 to every weight of {shown}{when}: which of them stay is decided by their "
+                f"position. {cut if step > 1 else self.criterion.why_zero}",
+                stacklevel=4,
+            )
+        return bool(blind)
 
     def _after(self, step: int, target: float) -> float:
         return SCHEDULES[self.schedule](target)(step / self.num_steps)

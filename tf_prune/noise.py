@@ -1,9 +1,11 @@
 """Keeps a model still while it is scored: the same scores each time, and nothing of the model changes."""
 
 import contextlib
+import functools
+import inspect
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -13,21 +15,54 @@ _RANDOM = re.compile(r"Random|Rng|Stateful.*(Uniform|Normal|Binomial)|.*Truncate
 _WRITING = re.compile(r"Assign(Add|Sub)?VariableOp|Resource(Scatter|StridedSliceAssign)|LookupTable(Insert|Import)")
 
 
+# Layers that prepare data, those that augment it among them; Keras does not name the class.
+_DATA_LAYER = keras.layers.Rescaling.__base__
+
+
 @contextlib.contextmanager
 def noise_off(model: keras.Model) -> Iterator[None]:
-    """Turns dropout and noise off while a function is traced; batch normalization stays as asked."""
-    changed = []
+    """Turns dropout, noise and augmentation off while a function is traced; batch normalization stays as asked."""
+    rates, calls = [], []
     try:
         for layer in model._flatten_layers():
             for name in ("rate", "stddev", "dropout", "recurrent_dropout"):
                 value = getattr(layer, name, None)
                 if isinstance(value, (int, float)) and value > 0 and hasattr(layer, "seed_generator"):
-                    changed.append((layer, name, value))
+                    rates.append((layer, name, value))
                     setattr(layer, name, 0.0)
+            if _is_noise(layer):
+                calls.append((layer, layer.__dict__.get("call")))
+                object.__setattr__(layer, "call", _as_in_inference(layer))
         yield
     finally:
-        for layer, name, value in changed:
+        for layer, name, value in rates:
             setattr(layer, name, value)
+        for layer, own in calls:
+            object.__delattr__(layer, "call") if own is None else object.__setattr__(layer, "call", own)
+
+
+def _is_noise(layer: keras.Layer) -> bool:
+    """Whether all that training changes in what it computes is noise: no layers inside, and a seed of its own."""
+    if "training" not in inspect.signature(layer.call).parameters:
+        return False
+    is_seeded = any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+    is_leaf = not any(True for _ in layer._flatten_layers(include_self=False))
+    return isinstance(layer, _DATA_LAYER) or (is_seeded and is_leaf and not layer.weights)
+
+
+def _as_in_inference(layer: keras.Layer) -> Callable[..., Any]:
+    if isinstance(layer, keras.layers.RandomCrop):  # in inference it gives images of another size than it promised
+        middle = keras.layers.CenterCrop(layer.height, layer.width, data_format=layer.data_format, dtype=layer.dtype)
+        return lambda data, training=True: middle.call(data)
+    call, signature = layer.call, inspect.signature(layer.call)
+
+    @functools.wraps(call)
+    def without_training(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["training"] = False
+        return call(*bound.args, **bound.kwargs)
+
+    return without_training
 
 
 def check_no_state(model: keras.Model) -> None:

@@ -74,10 +74,42 @@ def check_model(model: object) -> None:
             else ""
         )
         raise TypeError(f"Expected a keras.Model (Keras {keras.__version__}), received {kind}.{hint}")
-    if not model.built or not model.weights:
+    unbuilt = layers_to_build(model)
+    if unbuilt or not model.weights:
+        what = f"layers without weights yet ({', '.join(unbuilt[:3])})" if model.weights else "no weights yet"
+        how = "call it once on a batch, or call `model.build(input_shape)`"
         raise ValueError(
-            f"The model {model.name!r} has no weights yet, so there is nothing to prune. Build it first: give it an "
-            "Input, call it once on a batch, or call `model.build(input_shape)`."
+            f"The model {model.name!r} has {what}, so what can be pruned is not known. Build it first: give it an "
+            f"Input, {how if has_call(model) else 'and its sub-models, which its train_step calls, one as well'}."
+        )
+
+
+def layers_to_build(model: keras.Model) -> list[str]:
+    """Names of the layers whose weights are still to be made, in a model that was never called."""
+    if model.built:
+        return []
+    waiting = [layer for layer in model._flatten_layers(include_self=False) if not layer.built]
+    without = (keras.Model, layers.Add.__base__)  # What a model has is inside; merging layers have nothing.
+    return [one.name for one in waiting if type(one).build is not keras.Layer.build and not isinstance(one, without)]
+
+
+def has_call(model: keras.Model) -> bool:
+    """Whether the model computes something; a GAN whose `train_step` calls its sub-models may not."""
+    return type(model).call is not keras.Model.call
+
+
+def check_call(model: keras.Model, what: str) -> None:
+    """Raises if the model has no `call`.
+
+    Args:
+        model: A `keras.Model`.
+        what: What needs one, at the beginning of a sentence.
+    """
+    if not has_call(model):
+        inside = [f"model.{name}" for name, value in vars(model).items() if isinstance(value, keras.Layer)]
+        raise ValueError(
+            f"{what} calls the model, and {model.name!r} ({type(model).__name__}) has no `call` of its own. Take what "
+            f"is inside, each by itself: {', '.join(inside) or 'it has nothing'}."
         )
     # Where Keras cannot tell the shape behind a layer, it leaves the rest of a Sequential without weights, in silence.
     unbuilt = [layer.name for layer in getattr(model, "layers", ()) if not layer.built]
@@ -226,8 +258,11 @@ def find_kernels(model: keras.Layer, include: Include = INCLUDE) -> dict[str, ke
 def _last_kernels(model: keras.Model, kernels: Mapping[int, Any]) -> set[int]:
     """Ids of the kernels whose outputs are the model's, but for layers without kernels in between.
 
-    A subclassed model does not say how its layers are connected: there it is the last kernel in model order.
+    A subclassed model does not say how its layers are connected: there it is the last kernel in model order. Where it
+    has no `call`, each of its layers may be the last.
     """
+    if not has_call(model):
+        return set[int]().union(*(_last_in(layer, kernels) for layer in model.layers))
     if not getattr(model, "outputs", None):
         return set(list(kernels)[-1:])
     last: set[int] = set()

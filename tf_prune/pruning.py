@@ -11,11 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.batches import Batches, inputs_like
-from tf_prune.criteria import Groups
+from tf_prune.batches import Batches
+from tf_prune.criteria import SNIP, Groups, SynapticFlow
 from tf_prune.enforcement import apply_masks
 from tf_prune.evidence import check_masks_hold, mask_again, masks_of, warn_of_unknown_zeros
-from tf_prune.gradients import Derivatives, as_numpy
+from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
 from tf_prune.prunable import Filters, Include, find_prunable, sparsity_of_each
@@ -46,7 +46,7 @@ def score(
         loss: As in `prune`.
         filters: Which layers; see `find_prunable`.
         include: What is scored only on request, such as kernels of one's own layers; see `find_prunable`.
-        dropout: Whether dropout and noise layers act while scoring.
+        dropout: Whether dropout, noise and augmentation layers act while scoring.
         num_batches: As in `prune`.
         batch_size: As in `prune`.
 
@@ -73,20 +73,6 @@ def score(
         batch_size=batch_size,
     ).scores()
     return {path: value if value.flags.writeable else value.copy() for path, value in scores.items()}
-
-
-def _sees_its_input(model: keras.Model, derivatives: Derivatives, masks: Masks, example: Any) -> bool:
-    """Whether anything of the input reaches the outputs; `True` where there is no input to try it on."""
-    if example is None:
-        generator = np.random.default_rng(0)
-        example = inputs_like(model, lambda shape, dtype: generator.integers(0, 2, (8, *shape)).astype(dtype))
-    if example is None:
-        return True
-    fixed = getattr(model, "inputs", None) and model.inputs[0].shape[0]
-    if fixed:  # a model of one batch size only
-        example = keras.tree.map_structure(lambda leaf: np.resize(leaf, (fixed, *np.shape(leaf)[1:])), example)
-    first = as_numpy(keras.tree.flatten(example)[0])
-    return bool((first == first[:1]).all()) or derivatives.sees_its_input(masks, example)
 
 
 def _existing_masks(model: keras.Model, derivatives: Derivatives) -> Masks | None:
@@ -251,18 +237,29 @@ class Pruner:
         if emptied:
             warnings.warn(
                 f"{name} at sparsity {sparsity:g} left no weight in {', '.join(emptied)}: nothing passes through "
-                "there any more. Ask for a lower sparsity, another method (SynFlow, FORCE with more steps), or "
-                'scope="layerwise".',
+                f"there any more. Ask for {self._advice(emptied)}.",
                 stacklevel=4,
             )
-        elif not _sees_its_input(self.model, self._derivatives, masks, self.batches.example):
+        elif not self._derivatives.sees_its_input(masks, self.batches.example):
             warnings.warn(
                 f"{name} at sparsity {sparsity:g} left a network whose outputs no longer depend on its input: "
-                "they are the same for different inputs, every path is cut or dead. Ask for a lower sparsity, or "
-                "another method (SynFlow, FORCE with more steps).",
+                f"they are the same for different inputs, every path is cut or dead. Ask for {self._advice(emptied)}.",
                 stacklevel=4,
             )
         return emptied
+
+    def _advice(self, emptied: tuple[str, ...]) -> str:
+        """What may help against a cut network, of what was not done."""
+        method = self._method
+        others = [] if isinstance(method.criterion, SynapticFlow) else ["SynFlow"]
+        others += [] if isinstance(method.criterion, SNIP) and method.revive else ["FORCE"]
+        advice = ["a lower sparsity"]
+        if method.num_steps > 1:
+            advice.append(f"more than {method.num_steps} steps")
+        advice.append(f"another method ({', '.join(others)})")
+        if emptied and self._scope == "global":
+            advice.append('scope="layerwise"')
+        return f"{', '.join(advice[:-1])} or {advice[-1]}"
 
 
 def prune(
@@ -312,7 +309,7 @@ def prune(
         filters: Which layers; see `find_prunable`. Kernels of the others do not count in d.
         include: What is prunable only on request, such as `"embeddings"`, or kernels of one's own layers by a pattern
             or a predicate; see `find_prunable`.
-        dropout: Whether dropout and noise layers act while scoring.
+        dropout: Whether dropout, noise and augmentation layers act while scoring.
         num_batches: How many batches are read at most, which endless data needs; of an iterative method, for each step,
             the next ones of the data. `None` leaves it to the method, of which `FORCE` takes 1, others all. Criteria
             that read them twice (`GraSP`) keep them in memory.

@@ -14,7 +14,7 @@ from rich.table import Table
 from tf_prune.batches import inputs_like
 from tf_prune.enforcement import apply_masks
 from tf_prune.evidence import masks_of
-from tf_prune.layers import Masked
+from tf_prune.layers import Masked, uncompiled
 from tf_prune.prunable import INCLUDE, check_model, find_kernels
 from tf_prune.sparse_inference import Obstacle, explain
 from tf_prune.xnnpack_operators import BY_MAKE_READY
@@ -96,7 +96,7 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
         ValueError: If the model is subclassed, or does not say the shape of its inputs.
 
     Warns:
-        UserWarning: If weights are trained and outputs change.
+        UserWarning: If weights are trained and outputs change, or if the new model cannot be compiled like the old one.
 
     Example:
         model, report = tf_prune.make_ready(keras.applications.MobileNetV2(weights=None, classes=10))
@@ -112,8 +112,11 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
             f"{type(model).__name__}, whose operators are in its code. Build it with keras.Model(inputs, outputs)."
         )
     rebuilding = _Rebuilding()
-    ready = rebuilding.rebuild(model)
+    with uncompiled(model):
+        ready = rebuilding.rebuild(model)
     rebuilding.copy_weights()
+    if model.compiled:
+        _compile_like(model, ready)
     masks = masks_of(model)
     if masks:
         everything = (*INCLUDE, lambda layer, variable: True)  # kernels of layers of one's own can have masks, too
@@ -138,6 +141,22 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
             stacklevel=2,
         )
     return ready, report
+
+
+def _compile_like(model: keras.Model, ready: keras.Model) -> None:
+    """With the user's losses and metrics themselves, and a new optimizer of the same settings."""
+    try:
+        settings = dict(model._compile_config.config)
+        optimizer = settings["optimizer"]
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
+        ready.compile(**settings)
+    except Exception as error:
+        warnings.warn(
+            f"The new model is not compiled: what {model.name!r} was compiled with cannot be carried over "
+            f"({type(error).__name__}: {error}). Compile it before you train it.",
+            stacklevel=3,
+        )
 
 
 def _is_trained(model: keras.Model) -> bool:
@@ -183,10 +202,7 @@ class _Rebuilding:
 
     def rebuild(self, model: keras.Model) -> keras.Model:
         if isinstance(model, keras.Sequential):
-            plain = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-            if model.compiled:
-                plain.compile_from_config(model.get_compile_config())
-            model = plain
+            model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
         self._last |= {id(tensor._keras_history.operation) for tensor in model.outputs}
         return keras.models.clone_model(model, clone_function=self._clone, call_function=self._call)
 
@@ -242,7 +258,8 @@ class _Rebuilding:
         outputs = operation(*args, **kwargs)
         if id(operation) in self._without_activation:
             self.changes.append(Change(operation.name, "constants of hard sigmoid with four axes", True))
-            outputs = keras.ops.relu6(keras.ops.add(outputs, _four_axes(3))) * _four_axes(1 / 6)
+            shifted = keras.ops.add(outputs, _four_axes(3, outputs))
+            outputs = keras.ops.relu6(shifted) * _four_axes(1 / 6, outputs)
         return self._with_its_axes(operation, outputs)
 
     def _with_its_axes(self, operation: Any, outputs: Any) -> Any:
@@ -291,18 +308,20 @@ class _Rebuilding:
         return layers.GlobalAveragePooling2D(keepdims=True, name=f"{pooling.name}_keepdims")(pooling.input)
 
     def _with_four_axes(self, operation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        shapes = [getattr(arg, "shape", None) for arg in args]
-        if not any(shape is not None and len(shape) == 4 and shape[1:3] == (1, 1) for shape in shapes):
-            return args
-        if not any(isinstance(arg, (int, float)) for arg in args):
+        squeezed = [arg for arg in args if len(shape := getattr(arg, "shape", ())) == 4 and shape[1:3] == (1, 1)]
+        if not squeezed or not any(isinstance(arg, (int, float)) for arg in args):
             return args
         self.changes.append(Change(operation.name, "a constant with four axes in the place of a scalar", True))
-        return tuple(_four_axes(arg) if isinstance(arg, (int, float)) else arg for arg in args)
+        return tuple(_four_axes(arg, squeezed[0]) if isinstance(arg, (int, float)) else arg for arg in args)
 
 
-def _four_axes(number: float) -> np.ndarray:
-    """XNNPACK takes a constant beside an image only with the axes of an image."""
-    return np.full((1, 1, 1, 1), number, "float32")
+def _four_axes(number: float, beside: Any) -> np.ndarray:
+    """XNNPACK takes a constant beside an image only with the axes of an image.
+
+    With its channels, too: TensorFlow's optimizer of graphs swaps what is added to a bias with what the bias is added
+    to, `(image + bias) + constant` becoming `(constant + bias) + image`, and fails where it has fewer channels.
+    """
+    return np.full((1, 1, 1, beside.shape[-1]), number, beside.dtype)
 
 
 def _is_strided(layer: Any) -> bool:

@@ -14,7 +14,7 @@ from tf_prune.effective import check_not_quantized, multiplied
 from tf_prune.evidence import check_masks_hold, masks_of
 from tf_prune.parity import Arrays
 from tf_prune.precision import computing_in
-from tf_prune.prunable import check_model, find_kernels, owners_of, weights_by_path
+from tf_prune.prunable import check_call, check_model, find_kernels, owners_of, weights_by_path
 
 
 class KerasSource:
@@ -22,6 +22,7 @@ class KerasSource:
 
     def __init__(self, model: keras.Model, batches: Batches):
         check_model(model)
+        check_call(model, "An export")
         self._model, self._batches, self._owners = model, batches, owners_of(model)
         self.layers = {layer.name: type(layer).__name__ for layer in model._flatten_layers(include_self=False)}
         check_not_quantized(model, *NOT_IN_TFLITE)
@@ -136,7 +137,7 @@ class SavedModelSource:
 
 def _check_weights(model: keras.Model) -> None:
     for variable in model.weights:
-        array = keras.ops.convert_to_numpy(variable)
+        array = np.asarray(variable)
         if keras.backend.is_float_dtype(variable.dtype) and not np.isfinite(array).all():
             raise ValueError(
                 f"{variable.path!r} holds NaN or infinity, so the outputs would mean nothing. Train with a smaller "

@@ -22,7 +22,7 @@ from tf_prune.batches import inputs_like
 from tf_prune.conversion import NOT_IN_TFLITE, convert, write_saved_model
 from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
-from tf_prune.prunable import check_model
+from tf_prune.prunable import check_call, check_model
 from tf_prune.tflite import Graph, Operator, Tensor, read
 from tf_prune.xnnpack import Chain, find_chain
 
@@ -213,6 +213,7 @@ def _content(model: Any) -> bytes:
     check_model(model)
     check_not_quantized(model, *NOT_IN_TFLITE)
     check_masks_hold(model)
+    check_call(model, "To explain it")
     examples = inputs_like(model, lambda shape, dtype: np.zeros((1, *shape), dtype))
     if examples is None:
         raise ValueError(

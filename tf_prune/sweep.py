@@ -12,7 +12,7 @@ from tf_prune.masks import masks_from_scores
 @contextlib.contextmanager
 def at_sparsity(variables: dict[str, keras.Variable], sparsity: float) -> Iterator[None]:
     """Gives each kernel this fraction of zeros for a while: fewer by random weights, more by zeroing the smallest."""
-    before = {path: np.array(keras.ops.convert_to_numpy(variable)) for path, variable in variables.items()}
+    before = {path: np.asarray(variable).copy() for path, variable in variables.items()}
     generator = np.random.default_rng(0)
     filled = {}
     for path, kernel in before.items():

@@ -206,7 +206,7 @@ class ImageOperators:
         shapes = [self.graph.tensors[t].shape for t in operator.inputs]
         constants = [self.graph.constant(t) is not None for t in operator.inputs]
         # XNNPACK judges a constant on the right by the shape of what it is combined with.
-        if any(constants) and max(max(shape[1:3]) for shape in shapes if len(shape) == 4) > 1:
+        if any(constants) and max((max(shape[1:3]) for shape in shapes if len(shape) == 4), default=1) > 1:
             fix = "fold it into the convolution before it, as BatchNormalization straight behind one is"
             return "a constant is combined with an image", fix
         if any(len(shape) != 4 for shape in shapes):
