@@ -214,11 +214,24 @@ def test_early_stopping_that_restores_the_best_weights_leaves_a_pruned_model(ord
     model.compile("adam", model.loss)
     gradual = tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.9), end=0.5)
     best = keras.callbacks.EarlyStopping("loss", patience=99, mode="max", restore_best_weights=True)
-    with pytest.warns(UserWarning, match="an epoch that was less sparse were restored"):
+    with (
+        pytest.warns(UserWarning, match=r"EarlyStopping\(start_from_epoch=4\)"),
+        pytest.warns(UserWarning, match="an epoch that was less sparse were restored"),
+    ):
         model.fit(x, y, epochs=8, callbacks=[gradual, best][::order], verbose=0)
     masks = tf_prune.masks_of(model)
     assert masks.num_kept == kept_of(tf_prune.Cubic(0.9), 1.0, masks.num_weights)
     helpers.assert_pruned_is_zero(model, masks)
+
+
+def test_best_weights_of_epochs_after_the_last_pruning_are_restored_without_a_word():
+    x, y = helpers.batch(64)
+    model = helpers.build("mlp", optimizer="adam")
+    gradual = tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.9), end=0.5)
+    best = keras.callbacks.EarlyStopping("loss", mode="max", patience=99, restore_best_weights=True, start_from_epoch=4)
+    model.fit(x, y, epochs=8, callbacks=[gradual, best], verbose=0)
+    assert best.best_epoch == 4
+    helpers.assert_masks_hold(model, tf_prune.masks_of(model))
 
 
 def test_a_model_that_only_fit_builds_is_pruned_gradually_too():

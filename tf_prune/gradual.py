@@ -1,8 +1,11 @@
 """Pruning while `fit` trains, by a schedule over the run or in rounds."""
 
 import bisect
+import gc
+import warnings
 from typing import Any
 
+import keras
 import numpy as np
 
 from tf_prune.callbacks import PruningCallback
@@ -116,10 +119,27 @@ class GradualPruning(PruningCallback):
         self._epoch_start = epoch * self._steps
         if self._tool is None:
             self._tool = self._checked_pruner()
+            self._warn_of_best_weights()
             # From the start, so that the logs of all epochs have the same names.
             ones = {path: np.ones(variable.shape, bool) for path, variable in self._tool.variables.items()}
             apply_masks(self.model, {**ones, **masks_of(self.model)})
         self._prune_after(self._epoch_start)
+
+    def _warn_of_best_weights(self) -> None:
+        """The best epoch is likely one that was less sparse, and it would be restored under the last masks."""
+        last = -(-self._times[-1] // self._steps)
+        # Keras does not tell a callback of the others.
+        lists = [one for one in gc.get_referrers(self) if isinstance(one, list)]
+        stopping = [one for list_ in lists for one in list_ if isinstance(one, keras.callbacks.EarlyStopping)]
+        if self._epoch_start < self._times[-1] and any(
+            one.restore_best_weights and one.start_from_epoch < last for one in stopping
+        ):
+            warnings.warn(
+                "EarlyStopping compares epochs of different sparsity: the best weights that it restores may be of one "
+                "before the schedule's end, and would then be masked to the last sparsity. Begin when the schedule is "
+                f"over: EarlyStopping(start_from_epoch={last}).",
+                stacklevel=2,
+            )
 
     def _checked_pruner(self) -> Pruner:
         pruner = self._pruner()
