@@ -19,6 +19,8 @@ Include = _Inclusion | Sequence[_Inclusion]
 
 # What is prunable only when it is asked for, by the name under which it is.
 INCLUDE = ("embeddings", "quirk_biases")
+# Whatever can be asked for.
+EVERYTHING: tuple[_Inclusion, ...] = (*INCLUDE, lambda layer, variable: True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +149,9 @@ def listed(paths: Iterable[str], most: int = 8) -> str:
 
 def pattern_of(variables: Mapping[str, keras.Variable]) -> str:
     """What to write for `include`, to have these."""
-    if len(variables) == 1:
-        return repr(next(iter(variables.values())).path)
-    return repr([f"/{name}$" for name in dict.fromkeys(variable.name for variable in variables.values())])
+    # By the ends of the paths: what is before them changes when the model is built again.
+    ends = [f"/{v.name}$" if v.path.endswith(f"/{v.name}") else v.path for v in variables.values()]
+    return repr(ends[0] if len(set(ends)) == 1 else list(dict.fromkeys(ends)))
 
 
 def check_include(model: keras.Layer, include: Include) -> tuple[_Inclusion, ...]:
@@ -181,7 +183,7 @@ def _check_asks_for_something(model: keras.Layer, part: _Inclusion) -> None:
         what = f"chooses nothing that can be pruned, only {found}"
     else:
         what = "chooses no weight of the model" if callable(part) else "is no group, and found in the path of no weight"
-    askable = [path for path, one in owned.items() if _why_not(*one, ()) and not _why_not(*one, (lambda *_: True,))]
+    askable = [path for path, one in owned.items() if _why_not(*one, ()) and not _why_not(*one, EVERYTHING[-1:])]
     raise ValueError(
         f"include={part!r} {what}. There are the groups {', '.join(map(repr, INCLUDE))}, and these weights that are "
         f"pruned only where a pattern or a predicate (layer, variable) -> bool asks for them: "
