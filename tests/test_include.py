@@ -242,6 +242,16 @@ def test_own_kernels_are_drawn_anew_and_made_isometric():
     np.testing.assert_allclose(kernel @ kernel.T, np.eye(8), atol=1e-3)
 
 
+def test_the_spectra_of_the_layers_of_a_chain_are_those_of_their_matrices():
+    model = owner(Mixing(name="own"))
+    x = np.zeros((1, 8), np.float32)  # where tanh has the slope 1
+    spectra = tf_prune.layerwise_spectra(model, x, include="mixing", verbose=0)
+    assert list(spectra) == ["own", "head"]
+    one, other = np.asarray(model.get_layer("own").one), np.asarray(model.get_layer("own").other)
+    expected = np.linalg.svd(one + other[::-1], compute_uv=False)
+    np.testing.assert_allclose(spectra["own"].values[0], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("include", ["mixing", PREDICATE])
 def test_a_wrapped_layer_of_ones_own_keeps_its_masks_in_a_file(include, tmp_path):
     own, _, data = mixing_and_its_twin()

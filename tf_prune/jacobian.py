@@ -13,7 +13,7 @@ from tf_prune.batches import Batches, maybe_unlabelled
 from tf_prune.calls import Call, floats, layer_called, layers_with_kernels, on_logits, only_call, watched
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64
-from tf_prune.prunable import Filters, check_model, matches
+from tf_prune.prunable import Filters, Include, check_include, check_model, matches
 from tf_prune.spectrum import Spectrum, singular_values
 
 _MOST_ENTRIES = 2**22  # of the Jacobians that are computed at once: 32 MiB
@@ -66,7 +66,7 @@ def jacobian_spectrum(
 
 
 def layerwise_spectra(
-    model: keras.Model, data: Any, *, filters: Filters = None, verbose: int = 1
+    model: keras.Model, data: Any, *, filters: Filters = None, include: Include = (), verbose: int = 1
 ) -> dict[str, Spectrum]:
     """Singular values of the Jacobian `J^{l-1,l}` of each layer that has kernels, by the layer's name.
 
@@ -81,6 +81,7 @@ def layerwise_spectra(
         data: As in `jacobian_spectrum`; a few examples say much, and Jacobians of convolutions are large: one of
             1024 x 1024 takes seconds.
         filters: Which layers; see `find_prunable`. One that is left out belongs to the layer before it.
+        include: Whose weights count as kernels, too, such as those of layers of one's own; see `find_prunable`.
         verbose: 1 shows a progress bar.
 
     Returns:
@@ -96,7 +97,8 @@ def layerwise_spectra(
     Source: Lee et al. 2020, Eq. 6 and Sec. 4.1.2.
     """
     check_model(model)
-    layers = [layer for layer in dict.fromkeys(layers_with_kernels(model)) if matches(layer, filters)]
+    found = dict.fromkeys(layers_with_kernels(model, check_include(model, include)))
+    layers = [layer for layer in found if matches(layer, filters)]
     if not layers:
         raise ValueError(f"The model {model.name!r} has no layer with kernels that filters={filters!r} chooses.")
 
