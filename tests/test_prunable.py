@@ -68,7 +68,7 @@ KERAS_LAYERS = {
     "LayerNormalization": (lambda: sequence(layers.LayerNormalization(axis=(1, 2)), 6, 4), ""),
     "MultiHeadAttention": (lambda: two_inputs(layers.MultiHeadAttention(2, 3)), "kernel"),
     "PReLU": (lambda: sequence(layers.PReLU(), 6, 4), ""),
-    "RMSNormalization": (lambda: sequence(layers.RMSNormalization(axis=(1, 2)), 6, 4), ""),
+    "RMSNormalization": (lambda: sequence(layers.RMSNormalization(), 6, 4), ""),
     "RNN": (lambda: sequence(layers.RNN([layers.GRUCell(3), layers.LSTMCell(3)]), 6, 4), "kernel recurrent_kernel"),
     "ReversibleEmbedding": (lambda: reversible(tie_weights=False), "reverse_embeddings"),
     "STFTSpectrogram": (lambda: sequence(layers.STFTSpectrogram(frame_length=8), 64, 1), ""),

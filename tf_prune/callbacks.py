@@ -17,7 +17,7 @@ from tf_prune.examples import rows
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
 from tf_prune.prunable import Filters, Include, find_prunable, has_call
-from tf_prune.pruning import Pruner, PruningReport, Scope
+from tf_prune.pruning import Pruner, PruningReport, Scope, warn_of_unknown
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
 
@@ -227,7 +227,7 @@ class FreezeSparsity(HoldMasks):
         if not self._begins:
             return
         survey = find_prunable(self.model, self.filters, self.include)
-        survey.warn_of_unknown()
+        warn_of_unknown(self.model, survey)
         masks = {path: keras.ops.convert_to_numpy(kernel) != 0 for path, kernel in survey.prunable.items()}
         if all(mask.all() for mask in masks.values()):
             raise ValueError(

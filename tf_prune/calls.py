@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from tf_prune.prunable import find_kernels
+from tf_prune.prunable import Include, find_kernels
 
 
 @dataclasses.dataclass
@@ -34,12 +34,12 @@ def layer_called(model: keras.Model, name: str) -> keras.Layer:
     return found[0]
 
 
-def layers_with_kernels(model: keras.Model) -> Iterator[keras.Layer]:
+def layers_with_kernels(model: keras.Model, include: Include = ()) -> Iterator[keras.Layer]:
     """The layers that have kernels; models inside are opened, other composite layers are not."""
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            yield from layers_with_kernels(layer)
-        elif find_kernels(layer, ()):
+            yield from layers_with_kernels(layer, include)
+        elif find_kernels(layer, include):
             yield layer
 
 

@@ -15,7 +15,7 @@ from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64, first_below_float64
-from tf_prune.prunable import Filters, check_call, check_model, matches
+from tf_prune.prunable import Filters, Include, check_call, check_include, check_model, matches
 from tf_prune.spectrum import Spectrum, singular_values
 
 _MOST_ENTRIES = 2**22  # of the Jacobians that are computed at once: 32 MiB
@@ -71,7 +71,7 @@ def jacobian_spectrum(
 
 
 def layerwise_spectra(
-    model: keras.Model, data: Any, *, filters: Filters = None, verbose: int = 1
+    model: keras.Model, data: Any, *, filters: Filters = None, include: Include = (), verbose: int = 1
 ) -> dict[str, Spectrum]:
     """Singular values of the Jacobian `J^{l-1,l}` of each layer that has kernels, by the layer's name.
 
@@ -86,6 +86,7 @@ def layerwise_spectra(
         data: As in `jacobian_spectrum`; a few examples say much, and Jacobians of convolutions are large: one of
             1024 x 1024 takes seconds.
         filters: Which layers; see `find_prunable`. One that is left out belongs to the layer before it.
+        include: Whose weights count as kernels, too, such as those of layers of one's own; see `find_prunable`.
         verbose: 1 shows a progress bar.
 
     Returns:
@@ -104,7 +105,8 @@ def layerwise_spectra(
     check_masks_hold(model)
     check_not_quantized(model, "A spectrum is taken in float64", "Measure the model before model.quantize.")
     check_call(model, "A Jacobian")
-    layers = [layer for layer in dict.fromkeys(layers_with_kernels(model)) if matches(layer, filters)]
+    found = dict.fromkeys(layers_with_kernels(model, check_include(model, include)))
+    layers = [layer for layer in found if matches(layer, filters)]
     if not layers:
         raise ValueError(f"The model {model.name!r} has no layer with kernels that filters={filters!r} chooses.")
 

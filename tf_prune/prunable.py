@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,8 @@ Include = _Inclusion | Sequence[_Inclusion]
 
 # What is prunable only when it is asked for, by the name under which it is.
 INCLUDE = ("embeddings", "quirk_biases")
-# Left dense, a share of u keeps the sparsity of the whole below 1 - u. Under a tenth of the weights, which position
-# tables and gates of one's own seldom are above, a sparsity of 90 % is still one of more than 80 %.
-_NOTICEABLE = 0.1
+# Whatever can be asked for.
+EVERYTHING: tuple[_Inclusion, ...] = (*INCLUDE, lambda layer, variable: True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +42,6 @@ class Survey:
     layers: dict[str, keras.Layer]
     unknown: dict[str, keras.Variable]
     num_weights: int
-
-    def warn_of_unknown(self, stacklevel: int = 2) -> None:
-        """Warns if a noticeable share of what may connect units is skipped, because the layers are not known."""
-        if not self.unknown:
-            return
-        skipped = _size(self.unknown.values())
-        share = skipped / (skipped + _size(v for path, v in self.prunable.items() if self.layouts[path].kind != "bias"))
-        if share < _NOTICEABLE:
-            return
-        reasons = ", ".join(dict.fromkeys(self.skipped[path] for path in self.unknown))
-        warnings.warn(
-            f"{share:.0%} of the weights that may connect units are left as they are, and count in no sparsity: "
-            f"{_listed(self.unknown)} ({reasons}). Prune them with include={_pattern(self.unknown)}, or leave their "
-            "layers out with filters=..., if that is how it shall be.",
-            stacklevel=stacklevel + 1,
-        )
 
 
 def check_model(model: object) -> None:
@@ -115,7 +97,7 @@ def check_call(model: keras.Model, what: str) -> None:
     unbuilt = [layer.name for layer in getattr(model, "layers", ()) if not layer.built]
     if isinstance(model, keras.Sequential) and unbuilt:
         raise ValueError(
-            f"Keras built only a part of {model.name!r}: {_listed(unbuilt)} have no weights yet. Call the model once "
+            f"Keras built only a part of {model.name!r}: {listed(unbuilt)} have no weights yet. Call the model once "
             "on a batch, or write compute_output_shape for your own layer before them."
         )
 
@@ -187,20 +169,22 @@ def _unknown(layer: keras.Layer) -> str:
     return f"no known kernel of a {type(layer).__name__} layer"
 
 
-def _size(variables: Iterable[keras.Variable]) -> int:
+def size_of(variables: Iterable[keras.Variable]) -> int:
+    """How many weights these have together."""
     return sum(math.prod(variable.shape) for variable in variables)
 
 
-def _listed(paths: Iterable[str], most: int = 8) -> str:
+def listed(paths: Iterable[str], most: int = 8) -> str:
+    """The first of them, for a message."""
     paths = list(paths)
     return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
 
 
-def _pattern(variables: Mapping[str, keras.Variable]) -> str:
+def pattern_of(variables: Mapping[str, keras.Variable]) -> str:
     """What to write for `include`, to have these."""
-    if len(variables) == 1:
-        return repr(next(iter(variables.values())).path)
-    return repr([f"/{name}$" for name in dict.fromkeys(variable.name for variable in variables.values())])
+    # By the ends of the paths: what is before them changes when the model is built again.
+    ends = [f"/{v.name}$" if v.path.endswith(f"/{v.name}") else v.path for v in variables.values()]
+    return repr(ends[0] if len(set(ends)) == 1 else list(dict.fromkeys(ends)))
 
 
 def check_include(model: keras.Layer, include: Include) -> tuple[_Inclusion, ...]:
@@ -232,11 +216,11 @@ def _check_asks_for_something(model: keras.Layer, part: _Inclusion) -> None:
         what = f"chooses nothing that can be pruned, only {found}"
     else:
         what = "chooses no weight of the model" if callable(part) else "is no group, and found in the path of no weight"
-    askable = [path for path, one in owned.items() if _why_not(*one, ()) and not _why_not(*one, (lambda *_: True,))]
+    askable = [path for path, one in owned.items() if _why_not(*one, ()) and not _why_not(*one, EVERYTHING[-1:])]
     raise ValueError(
         f"include={part!r} {what}. There are the groups {', '.join(map(repr, INCLUDE))}, and these weights that are "
         f"pruned only where a pattern or a predicate (layer, variable) -> bool asks for them: "
-        f"{_listed(askable) or 'none in this model'}. Pruned without it are: {_listed(find_kernels(model, ()))}."
+        f"{listed(askable) or 'none in this model'}. Pruned without it are: {listed(find_kernels(model, ()))}."
     )
 
 
@@ -345,7 +329,7 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Include 
             unknown[path] = variable
     if not prunable:
         reasons = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items())
-        hint = f"\nKernels of your own layers are pruned with include={_pattern(unknown)}." if unknown else ""
+        hint = f"\nKernels of your own layers are pruned with include={pattern_of(unknown)}." if unknown else ""
         raise ValueError(
             f"The model {model.name!r} has nothing to prune. Each variable, and why it is left:\n{reasons}{hint}"
         )
@@ -353,7 +337,7 @@ def find_prunable(model: keras.Model, filters: Filters = None, include: Include 
     last = _last_kernels(model, {id(v): kind_of(owners[id(v)], v) for v in kernels.values()})
     own = {path: owners[id(variable)] for path, variable in prunable.items()}
     layouts = {path: layout_of(own[path], variable, id(variable) in last) for path, variable in prunable.items()}
-    num_weights = _size(v for path, v in weights_by_path(model).items() if skipped.get(path) != "a mask")
+    num_weights = size_of(v for path, v in weights_by_path(model).items() if skipped.get(path) != "a mask")
     return Survey(prunable, skipped, layouts, own, unknown, num_weights)
 
 

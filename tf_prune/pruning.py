@@ -18,11 +18,24 @@ from tf_prune.evidence import check_masks_hold, mask_again, masks_of, warn_of_un
 from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
-from tf_prune.prunable import Filters, Include, find_prunable, sparsity_of_each
+from tf_prune.prunable import (
+    Filters,
+    Include,
+    Survey,
+    find_prunable,
+    listed,
+    pattern_of,
+    size_of,
+    sparsity_of_each,
+)
 from tf_prune.scopes import TooLowSparsityError, check_sparsity
 from tf_prune.structures import Structure, cut_into_groups
 
 Scope = str | Mapping[keras.Layer | str, float]
+
+# Where a share u stays dense, the sparsity of the whole is below 1 - u: beyond a tenth, "90 %" is less than 81 %. What
+# ordinary models have of their own, such as tables of positions, is below it.
+_NOTICEABLE = 0.1
 
 
 def score(
@@ -73,6 +86,29 @@ def score(
         batch_size=batch_size,
     ).scores()
     return {path: value if value.flags.writeable else value.copy() for path, value in scores.items()}
+
+
+def warn_of_unknown(model: keras.Model, survey: Survey, stacklevel: int = 3) -> None:
+    """Warns if a noticeable share of what may connect units has no mask and gets none: its layers are not known."""
+    known = size_of(v for path, v in survey.prunable.items() if survey.layouts[path].kind != "bias")
+
+    def is_noticeable(unknown: Mapping[str, keras.Variable]) -> bool:
+        size = size_of(unknown.values())
+        return size > 0 and size >= _NOTICEABLE * (size + known)
+
+    if not is_noticeable(survey.unknown):
+        return
+    masks = masks_of(model)
+    unknown = {path: variable for path, variable in survey.unknown.items() if path not in masks}
+    if is_noticeable(unknown):
+        size = size_of(unknown.values())
+        reasons = ", ".join(dict.fromkeys(survey.skipped[path] for path in unknown))
+        warnings.warn(
+            f"{size / (size + known):.0%} of the weights that may connect units are left dense: {listed(unknown)} "
+            f"({reasons}). Prune them too with include={pattern_of(unknown)}; or if that is how it shall be, leave "
+            "their layers out with filters=...",
+            stacklevel=stacklevel,
+        )
 
 
 def _existing_masks(model: keras.Model, derivatives: Derivatives) -> Masks | None:
@@ -183,7 +219,7 @@ class Pruner:
         if num_batches is not None:
             self._method = dataclasses.replace(self._method, num_batches=num_batches)
         self._survey = find_prunable(model, filters, include)
-        self._survey.warn_of_unknown(stacklevel=3)
+        warn_of_unknown(model, self._survey, stacklevel=4)
         self._groups, self._left = cut_into_groups(structure, self._survey.layouts)
         self._shown_scope = "table" if isinstance(scope, Mapping) else scope
         self._scope = scope

@@ -15,7 +15,7 @@ from tf_prune.batches import inputs_like
 from tf_prune.enforcement import apply_masks
 from tf_prune.evidence import masks_of
 from tf_prune.layers import Masked, uncompiled
-from tf_prune.prunable import INCLUDE, check_model, find_kernels
+from tf_prune.prunable import EVERYTHING, check_model, find_kernels
 from tf_prune.sparse_inference import Obstacle, explain
 from tf_prune.xnnpack_operators import BY_MAKE_READY
 
@@ -119,8 +119,7 @@ def make_ready(model: keras.Model) -> tuple[keras.Model, ReadinessReport]:
         _compile_like(model, ready)
     masks = masks_of(model)
     if masks:
-        everything = (*INCLUDE, lambda layer, variable: True)  # kernels of layers of one's own can have masks, too
-        pairs = zip(find_kernels(model, everything), find_kernels(ready, everything).values(), strict=True)
+        pairs = zip(find_kernels(model, EVERYTHING), find_kernels(ready, EVERYTHING).values(), strict=True)
         shapes = {path: variable.shape for path, variable in pairs}
         apply_masks(ready, {path: mask.reshape(shapes[path]) for path, mask in masks.items()})
     difference = _largest_difference(model, ready)
