@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_prune.batches import Batches, inputs_like
-from tf_prune.examples import Batch, rows, size_of
+from tf_prune.examples import Batch, as_numpy, rows, size_of
 from tf_prune.losses import ModelLoss
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64
@@ -31,11 +31,6 @@ def _as_tensor(leaf: Any) -> Any:
         matrix = leaf.tocoo()
         return tf.sparse.reorder(tf.SparseTensor(np.stack([matrix.row, matrix.col], 1), matrix.data, matrix.shape))
     return tf.convert_to_tensor(leaf)
-
-
-def as_numpy(leaf: Any) -> np.ndarray:
-    """An array of any library, ragged and sparse ones filled up with zeros, as one of NumPy."""
-    return keras.ops.convert_to_numpy(_as_tensor(leaf))
 
 
 def _as_dense(leaf: Any) -> Any:

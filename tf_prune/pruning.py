@@ -14,7 +14,8 @@ from rich.table import Table
 from tf_prune.batches import Batches, inputs_like
 from tf_prune.criteria import Groups
 from tf_prune.enforcement import apply_masks, masks_of
-from tf_prune.gradients import Derivatives, as_numpy
+from tf_prune.examples import as_numpy
+from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, check_finite
 from tf_prune.methods import Method, as_iterative
 from tf_prune.prunable import Filters, find_prunable, sparsity_of_each
