@@ -35,6 +35,12 @@ def inputs_like(model: keras.Model, fill: Callable[[tuple[int, ...], str], np.nd
     return arrays[0] if structure is None else keras.tree.pack_sequence_as(structure, arrays)
 
 
+def why_no_inputs(model: keras.Model) -> str:
+    """What is in the way of `inputs_like`, said of the model."""
+    takes_strings = any(tensor.dtype == "string" for tensor in getattr(model, "inputs", None) or ())
+    return "takes strings" if takes_strings else "does not say of what shape its inputs are"
+
+
 class Batches:
     """One batch or an iterable of them, read as often and as far as the caller asks.
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.batches import Batches, inputs_like
+from tf_prune.batches import Batches, inputs_like, why_no_inputs
 from tf_prune.examples import Batch, as_numpy, rows, size_of
 from tf_prune.losses import ModelLoss
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
@@ -349,8 +349,8 @@ class Derivatives:
         ones = inputs_like(self._model, lambda shape, dtype: np.ones((1, *shape), dtype))
         if ones is None:
             raise ValueError(
-                f"The model {self._model.name!r} does not say of what shape its inputs are, or takes strings, and "
-                "synaptic flow needs an input of ones. Pass data=x: only the shape of x is used, and its first strings."
+                f"The model {self._model.name!r} {why_no_inputs(self._model)}, and synaptic flow needs an input of "
+                "ones. Pass data=(x, y): only the shape of x is used, or its first strings."
             )
         return keras.tree.map_structure(tf.convert_to_tensor, ones)
 
