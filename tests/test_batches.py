@@ -261,6 +261,14 @@ def test_a_class_balanced_batch_reads_no_more_than_it_needs():
         class_balanced(endless(), 3, num_classes=4)
 
 
+def test_a_class_balanced_batch_of_other_kinds_is_that_of_the_dense_array():
+    x, y = labelled(9)
+    for make in (tf.sparse.from_dense, scipy.sparse.coo_matrix, tf.constant):
+        np.testing.assert_array_equal(class_balanced((make(x), y), 2)[0], class_balanced((x, y), 2)[0])
+    with pytest.raises(ValueError, match="Pad them first"):
+        class_balanced((tf.RaggedTensor.from_tensor(x), y), 2)
+
+
 def test_a_class_balanced_batch_of_several_inputs_keeps_their_structure():
     x, y = labelled(9)
     examples, _ = class_balanced(({"a": x, "b": 2 * x}, y), 1)

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_prune.examples import Batch, as_batch, check_lengths, check_values, is_array, rows, size_of
+from tf_prune.examples import Batch, as_batch, as_numpy, check_lengths, check_values, is_array, rows, size_of
 
 # So many batches are read of data that does not say how many it has, which may be endless.
 _MOST_UNKNOWN = 200
@@ -33,6 +33,12 @@ def inputs_like(model: keras.Model, fill: Callable[[tuple[int, ...], str], np.nd
     arrays = [fill(tuple(tensor.shape[1:]), tensor.dtype) for tensor in inputs]
     structure = getattr(model, "input", None)  # a Sequential model has none
     return arrays[0] if structure is None else keras.tree.pack_sequence_as(structure, arrays)
+
+
+def why_no_inputs(model: keras.Model) -> str:
+    """What is in the way of `inputs_like`, said of the model."""
+    takes_strings = any(tensor.dtype == "string" for tensor in getattr(model, "inputs", None) or ())
+    return "takes strings" if takes_strings else "does not say of what shape its inputs are"
 
 
 class Batches:
@@ -266,14 +272,16 @@ class _Halves:
             yield rows(batch, middle, None)
 
 
-def _as_numpy(leaf: Any) -> np.ndarray:
-    return leaf if isinstance(leaf, np.ndarray) else keras.ops.convert_to_numpy(leaf)
+def _stackable(leaf: Any) -> np.ndarray:
+    if hasattr(leaf, "flat_values"):
+        raise ValueError("Ragged examples have no common shape to be stacked in. Pad them first, with .to_tensor().")
+    return as_numpy(leaf)
 
 
 def _labels(y: Any) -> tuple[np.ndarray, np.ndarray]:
     """The labels as they are, and as one integer a row."""
     leaves = keras.tree.flatten(y)
-    given = _as_numpy(leaves[0]) if len(leaves) == 1 and leaves[0] is not None else np.zeros((0, 0, 0))
+    given = as_numpy(leaves[0]) if len(leaves) == 1 and leaves[0] is not None else np.zeros((0, 0, 0))
     if given.ndim == 1 or given.shape[1:] == (1,):
         return given, given.reshape(len(given))
     if given.ndim == 2 and np.isin(given, (0, 1)).all() and (given.sum(-1) == 1).all():
@@ -313,7 +321,7 @@ def class_balanced(data: Any, examples_per_class: int = 10, num_classes: int | N
     for x, y, _ in batches if num_classes is None else batches._read():
         given, labels = _labels(y)
         num_classes = given.shape[-1] if given.ndim > 1 and given.shape[-1] > 1 else num_classes
-        examples = keras.tree.map_structure(_as_numpy, x)
+        examples = keras.tree.map_structure(_stackable, x)
         before = sum(map(len, found.values()))
         for i, label in enumerate(labels.tolist()):
             if label != int(label) or not 0 <= label < (num_classes or np.inf):

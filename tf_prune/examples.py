@@ -110,6 +110,14 @@ def _values(leaf: Any) -> Any:
     return leaf.data if hasattr(leaf, "tocsr") else leaf
 
 
+def as_numpy(leaf: Any) -> np.ndarray:
+    """It as an array of NumPy, with zeros where a sparse or ragged one has nothing; no copy where it is dense."""
+    if hasattr(leaf, "toarray"):
+        return leaf.toarray()
+    has_gaps = hasattr(leaf, "dense_shape") or hasattr(leaf, "flat_values")
+    return keras.ops.convert_to_numpy(leaf) if has_gaps else np.asarray(leaf)
+
+
 def size_of(batch: Any) -> int:
     """How many examples are in it."""
     return int(next(leaf.shape[0] for leaf in keras.tree.flatten(batch) if leaf is not None))

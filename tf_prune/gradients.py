@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.batches import Batches, inputs_like
+from tf_prune.batches import Batches, inputs_like, why_no_inputs
 from tf_prune.calls import floats, on_logits
-from tf_prune.examples import Batch, rows, size_of
+from tf_prune.examples import Batch, as_numpy, rows, size_of
 from tf_prune.losses import ModelLoss
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64, first_below_float64
@@ -33,11 +33,6 @@ def _as_tensor(leaf: Any) -> Any:
         matrix = leaf.tocoo()
         return tf.sparse.reorder(tf.SparseTensor(np.stack([matrix.row, matrix.col], 1), matrix.data, matrix.shape))
     return tf.convert_to_tensor(leaf)
-
-
-def as_numpy(leaf: Any) -> np.ndarray:
-    """An array of any library, ragged and sparse ones filled up with zeros, as one of NumPy."""
-    return keras.ops.convert_to_numpy(_as_tensor(leaf))
 
 
 def _as_dense(leaf: Any) -> Any:
@@ -407,8 +402,8 @@ class Derivatives:
         ones = inputs_like(self._model, lambda shape, dtype: np.ones((1, *shape), dtype))
         if ones is None:
             raise ValueError(
-                f"The model {self._model.name!r} does not say of what shape its inputs are, or takes strings, and "
-                "synaptic flow needs an input of ones. Pass data=x: only the shape of x is used, and its first strings."
+                f"The model {self._model.name!r} {why_no_inputs(self._model)}, and synaptic flow needs an input of "
+                "ones. Pass data=(x, y): only the shape of x is used, or its first strings."
             )
         return keras.tree.map_structure(tf.convert_to_tensor, ones)
 

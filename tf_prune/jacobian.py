@@ -13,6 +13,7 @@ from tf_prune.batches import Batches
 from tf_prune.calls import Call, floats, layer_called, layers_with_kernels, on_logits, only_call, watched
 from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
+from tf_prune.examples import as_numpy
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64, first_below_float64
 from tf_prune.prunable import Filters, Include, check_call, check_include, check_model, matches
@@ -263,18 +264,18 @@ def _spectra(
     model: keras.Model, data: Any, layers: list[keras.Layer], segments: Any, by_inputs: bool, verbose: int
 ) -> list[Spectrum]:
     batches = Batches(data)
-    stream = iter(batches)
+    stream = (keras.tree.map_structure(_as_dense, x) for x, _, _ in batches)
     first = next(stream)
     types = [tensor.dtype for tensor in getattr(model, "inputs", None) or ()]
-    example = keras.tree.map_structure(lambda leaf: leaf[:1], first[0])
+    example = keras.tree.map_structure(lambda leaf: leaf[:1], first)
     traced = _Traced(model, layers, segments, by_inputs, _in_float64(example, types))
     fixed = model.inputs[0].shape[0] if types else None
     size = fixed or max(1, _MOST_ENTRIES // max(m * n for _, _, (m, n) in traced.found))
     is_single = batches.length == 1
-    bar = keras.utils.Progbar(_length(first[0]) if is_single else None, unit_name="example", verbose=verbose)
+    bar = keras.utils.Progbar(_length(first) if is_single else None, unit_name="example", verbose=verbose)
     values: list[list[np.ndarray]] = [[] for _ in traced.found]
     done = 0
-    for x, _, _ in itertools.chain([first], stream):
+    for x in itertools.chain([first], stream):
         for begin in range(0, _length(x), size):
             part = keras.tree.map_structure(lambda leaf, begin=begin: leaf[begin : begin + size], x)
             part, count = _in_float64(part, types), _length(part)
@@ -308,6 +309,10 @@ def _in_float64(x: Any, types: list[str]) -> Any:
         for leaf, type_ in zip(leaves, types, strict=True)
     ]
     return keras.tree.pack_sequence_as(x, converted)
+
+
+def _as_dense(leaf: Any) -> Any:
+    return as_numpy(leaf) if hasattr(leaf, "dense_shape") or hasattr(leaf, "tocsr") else leaf
 
 
 def _length(x: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_prune.batches import Batches, inputs_like
+from tf_prune.batches import Batches, inputs_like, why_no_inputs
 from tf_prune.conversion import NOT_IN_TFLITE, batch_size_of, has_trained_ranges, signatures_of, write_saved_model
 from tf_prune.effective import check_not_quantized, multiplied
 from tf_prune.evidence import check_masks_hold, masks_of
@@ -73,8 +73,8 @@ class KerasSource:
         inputs = inputs_like(self._model, random)
         if inputs is None:
             raise ValueError(
-                f"The model {self._model.name!r} does not say of what shape its inputs are, or takes strings. Pass "
-                "data=(x, y): x gives the shape, and real inputs to compare on."
+                f"The model {self._model.name!r} {why_no_inputs(self._model)}. Pass data=(x, y): x gives the shape, "
+                "and real inputs to compare on."
             )
         return inputs
 

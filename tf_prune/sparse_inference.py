@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.batches import inputs_like
+from tf_prune.batches import inputs_like, why_no_inputs
 from tf_prune.conversion import NOT_IN_TFLITE, convert, write_saved_model
 from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
@@ -217,8 +217,8 @@ def _content(model: Any) -> bytes:
     examples = inputs_like(model, lambda shape, dtype: np.zeros((1, *shape), dtype))
     if examples is None:
         raise ValueError(
-            f"The model {model.name!r} does not say of what shape its inputs are, or takes strings. Build it with "
-            "keras.Input(shape) of fixed sizes, or export it with data=(x, y) and explain the file."
+            f"The model {model.name!r} {why_no_inputs(model)}. Build it with keras.Input(shape) of fixed sizes, or "
+            "export it with data=(x, y) and explain the file."
         )
     with tempfile.TemporaryDirectory() as folder:
         # As `export` does it, unless recurrent layers need a fixed size.
