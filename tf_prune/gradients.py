@@ -21,7 +21,6 @@ Arrays = dict[str, np.ndarray]
 Tensors = list[tf.Tensor]
 MaskMapping = Mapping[str, np.ndarray]
 
-
 _SCORING = "Scoring by derivatives (which magnitude does without)"
 
 
