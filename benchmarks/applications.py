@@ -103,7 +103,7 @@ def _check_model(model: keras.Model) -> int:
 def _require_training(model: keras.Model, x: np.ndarray) -> None:
     """Trains one step, which must move nearly all the kernels: where no gradient comes, zeros stay without a mask."""
     kernels = tf_prune.find_prunable(model).prunable.values()
-    before = [np.array(kernel) for kernel in kernels]
+    before = [np.asarray(kernel).copy() for kernel in kernels]
     model.fit(x, np.array([0, 1]), batch_size=2, epochs=1, verbose=0)
     moved = sum(not np.array_equal(old, np.asarray(new)) for old, new in zip(before, kernels, strict=True))
     _require(moved >= 0.9 * len(before), f"the step of training moved only {moved} of {len(before)} kernels")

@@ -40,14 +40,15 @@ def x_of(model, count=3):
 
 
 def assert_trains_and_predicts(ready, x):
-    """In graphs, which TensorFlow optimizes, as where each operation runs by itself; a step moves what is trained."""
+    """In graphs, which TensorFlow optimizes, as where each operation runs by itself; and a step moves the kernels."""
     np.testing.assert_allclose(ready.predict(x, verbose=0), np.asarray(ready(x)), rtol=1e-4, atol=1e-6)
-    before = [np.array(keras.ops.convert_to_numpy(kernel)) for kernel in ready.trainable_weights]
+    kernels = [weight for weight in ready.trainable_weights if len(weight.shape) > 1]
+    before = [np.asarray(kernel).copy() for kernel in kernels]
     ready.compile(keras.optimizers.SGD(0.1, clipnorm=1.0), "sparse_categorical_crossentropy")
     history = ready.fit(x, np.arange(len(x)), verbose=0).history
     assert np.isfinite(history["loss"]).all()
-    pairs = zip(before, ready.trainable_weights, strict=True)
-    assert np.mean([(old != keras.ops.convert_to_numpy(new)).any() for old, new in pairs]) > 0.9
+    moved = [(old != np.asarray(new)).any() for old, new in zip(before, kernels, strict=True)]
+    assert np.mean(moved) > 0.9
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)

@@ -14,7 +14,7 @@ def prune_pointwise(model, sparsity=0.9):
     generator = np.random.default_rng(0)
     for layer in model.layers:
         if isinstance(layer, layers.Conv2D) and layer.kernel_size == (1, 1):
-            kernel = np.array(keras.ops.convert_to_numpy(layer.kernel)).ravel()
+            kernel = np.asarray(layer.kernel).copy().ravel()
             kernel[generator.permutation(kernel.size)[: round(sparsity * kernel.size)]] = 0
             layer.kernel.assign(kernel.reshape(layer.kernel.shape))
     return model
@@ -102,7 +102,7 @@ def test_as_many_zeros_as_are_missing_are_just_enough():
     assert not explanation.runs_sparse
     total = 12 * 30 + 30 * 10
     assert explanation.zeros_missing == total * 2 // 3 + 1 - total // 2
-    kernel = np.array(keras.ops.convert_to_numpy(model.get_layer("expand").kernel))
+    kernel = np.asarray(model.get_layer("expand").kernel).copy()
     nonzero = np.flatnonzero(kernel.ravel())
     for count, enough in ((explanation.zeros_missing - 1, False), (explanation.zeros_missing, True)):
         fewer = kernel.ravel().copy()
@@ -120,7 +120,7 @@ def test_parts_are_judged_by_their_own_zeros():
     generator = np.random.default_rng(0)
     for convolutions, sparsity in ((first, 0.95), (second, 0.5)):
         for layer in convolutions:
-            kernel = np.array(keras.ops.convert_to_numpy(layer.kernel))
+            kernel = np.asarray(layer.kernel).copy()
             layer.kernel.assign(np.where(generator.random(kernel.shape) < sparsity, 0, kernel))
     explanation = tf_prune.explain(model)
     running = {kernel.where for kernel in explanation.kernels if kernel.runs_sparse}
@@ -199,7 +199,7 @@ def test_on_x86_dense_layers_run_sparse_in_blocks_and_convolutions_never():
         ]
     )
     tf_prune.prune(model, "magnitude", 0.9, structure="1x4", scope="layerwise", filters="blocks", verbose=0)
-    single = np.array(keras.ops.convert_to_numpy(model.get_layer("single").kernel))
+    single = np.asarray(model.get_layer("single").kernel).copy()
     single[np.random.default_rng(0).random(single.shape) < 0.8] = 0
     model.get_layer("single").kernel.assign(single)
     explanation = tf_prune.explain(model, "x86")
@@ -231,7 +231,7 @@ def test_output_blocks_are_seen_and_warned_of_where_they_are_slow():
     blocks = {k.where: k.output_block for k in tf_prune.explain(model).kernels}
     # A dense kernel is full in all blocks.
     assert blocks == {"stem": 4, "expand": 2, "depthwise": 1, "project": 4, "head": 2}
-    kernel = np.array(keras.ops.convert_to_numpy(model.get_layer("project").kernel))
+    kernel = np.asarray(model.get_layer("project").kernel).copy()
     kernel[:] = 0
     kernel[..., 0, :8] = 1
     model.get_layer("project").kernel.assign(kernel)

@@ -14,14 +14,16 @@ import keras
 _RANDOM = re.compile(r"Random|Rng|Stateful.*(Uniform|Normal|Binomial)|.*TruncatedNormal$|Multinomial|(Eager)?PyFunc")
 _WRITING = re.compile(r"Assign(Add|Sub)?VariableOp|Resource(Scatter|StridedSliceAssign)|LookupTable(Insert|Import)")
 
-
 # Layers that prepare data, those that augment it among them; Keras does not name the class.
 _DATA_LAYER = keras.layers.Rescaling.__base__
 
 
 @contextlib.contextmanager
 def noise_off(model: keras.Model) -> Iterator[None]:
-    """Turns dropout, noise and augmentation off while a function is traced; batch normalization stays as asked."""
+    """Turns dropout, noise and augmentation off while a function is traced; batch normalization stays as asked.
+
+    Noise that a layer of one's own draws beside other work, from a seed of Keras, stays on: it is the same each time.
+    """
     rates, calls = [], []
     try:
         for layer in model._flatten_layers():
@@ -42,12 +44,13 @@ def noise_off(model: keras.Model) -> Iterator[None]:
 
 
 def _is_noise(layer: keras.Layer) -> bool:
-    """Whether all that training changes in what it computes is noise: no layers inside, and a seed of its own."""
-    if "training" not in inspect.signature(layer.call).parameters:
-        return False
-    is_seeded = any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
-    is_leaf = not any(True for _ in layer._flatten_layers(include_self=False))
-    return isinstance(layer, _DATA_LAYER) or (is_seeded and is_leaf and not layer.weights)
+    """Whether all that training changes in what it computes is noise: seeded, without weights and layers inside."""
+    is_noise = isinstance(layer, _DATA_LAYER) or (
+        any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values())
+        and not layer.weights
+        and not any(True for _ in layer._flatten_layers(include_self=False))
+    )
+    return is_noise and "training" in inspect.signature(layer.call).parameters
 
 
 def _as_in_inference(layer: keras.Layer) -> Callable[..., Any]:
