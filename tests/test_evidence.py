@@ -83,6 +83,14 @@ def test_masks_under_a_constraint_that_makes_zeros_are_told_after_loading(tmp_pa
     assert_same_masks(tf_prune.masks_of(keras.models.load_model(tmp_path / "model.keras")), masks)
 
 
+def test_negative_zeros_of_a_fourier_transform_are_no_masks():
+    model = keras.Sequential(
+        [keras.Input((800, 1)), layers.STFTSpectrogram(frame_length=200, frame_step=100, fft_length=256)]
+    )
+    assert any((np.signbit(w) & (w == 0)).any() for w in model.get_weights())
+    assert not tf_prune.masks_of(model)
+
+
 def test_products_with_a_mask_are_ambiguous_and_can_be_taken_for_pruned():
     model = mlp()
     keep = np.random.default_rng(0).random((8, 16)) < 0.3

@@ -193,7 +193,7 @@ def _told(
             if np.mean(weights == 0) > _MOST_ROUNDED[getattr(layer, "quantization_mode", "int8")]:
                 told[path] = weights != 0
                 doubtful.append(path)
-        elif path in known or _is_matrix(layer, variable):
+        elif path in known or (_is_matrix(layer, variable) and not type(layer).__module__.startswith("keras.")):
             weights = np.asarray(variable)
             pruned = is_pruned(weights)
             if not pruned.any():
