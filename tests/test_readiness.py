@@ -65,6 +65,7 @@ def test_the_mobile_nets_of_keras_are_made_ready_with_their_shapes_names_and_wei
     changed = {change.where for change in report.changes}
     assert changed
     assert all(name in str(report) for name in changed)
+    assert not all(change.is_exact for change in report.changes)  # each has uneven paddings
     assert not report.is_trained
     assert_trains_and_predicts(ready, x_of(model, 2))
 
@@ -134,6 +135,10 @@ def test_uneven_padding_layers_are_replaced_where_sizes_stay():
     model = keras.Sequential(block(pads))
     ready, report = tf_prune.make_ready(model)
     assert report.is_ready
+    (change,) = report.changes
+    assert (change.where, change.is_exact) == ("stem", False)
+    assert "in the place of ZeroPadding2D(((0, 1), (0, 1)))" in change.what
+    assert report.largest_difference > 0.01
     assert ready.get_layer("stem").output.shape == model.get_layer("stem").output.shape
     other = keras.Sequential(block([layers.ZeroPadding2D(((2, 3), (2, 3))), layers.Conv2D(4, 3, 2, name="stem")]))
     _, report = tf_prune.make_ready(other)

@@ -276,17 +276,18 @@ class _Rebuilding:
         half = layer.kernel_size[0] // 2
         if id(layer) in self._without_padding:
             source, what = image, "'same'"
+            # Of odd sizes `same` pads evenly; and the converter writes it as `same` again.
+            is_another = any(size is None or size % 2 == 0 for size in image.shape[1:3])
         else:
             before = image._keras_history.operation
             if type(before) is not layers.ZeroPadding2D or before.padding == ((half, half), (half, half)):
                 return image
-            source, what = before.input, f"ZeroPadding2D({before.padding})"
+            source, what, is_another = before.input, f"ZeroPadding2D({before.padding})", True
             sizes = zip(source.shape[1:3], before.padding, strict=True)
             reach = 2 * half + 1
             if any(n is None or (n + sum(pads) - reach) // 2 != (n + 2 * half - reach) // 2 for n, pads in sizes):
                 return image
-        # Of odd sizes `same` pads evenly; and the converter writes it as `same` again.
-        if any(size is None or size % 2 == 0 for size in image.shape[1:3]):
+        if is_another:
             self.changes.append(Change(layer.name, f"ZeroPadding2D({half}) in the place of {what}", False))
         # A layer that is called twice has one padding.
         padding = self._paddings.setdefault(id(layer), layers.ZeroPadding2D(half, name=f"{layer.name}_even_padding"))
