@@ -1,4 +1,4 @@
-"""Keras's own compiled loss, as `fit` computes it, term by term. All private parts of Keras's losses are touched here."""
+"""Keras's own compiled loss, term by term; the one file that touches private parts of Keras's losses."""
 
 import contextlib
 import functools
@@ -141,8 +141,10 @@ class CompiledLoss(CompileLoss):
         self._temperature = temperature
         self._has_fixed_shape = has_fixed_shape
         self._num_replicas = num_replicas
-        self._is_building = False
-        self._found: list[Any] = []
+        self._user_loss: Any
+        self._user_loss_weights: Any
+        self._flat_losses: Any
+        self._found: Any = None
         self.terms: list[Term] = []
 
     @classmethod
@@ -157,20 +159,24 @@ class CompiledLoss(CompileLoss):
         return None if loss is None else cls(loss, weights, names, temperature, is_fixed, num_replicas)
 
     def _build_nested(self, *args: Any) -> None:
-        is_outermost, self._is_building = not self._is_building, True
+        is_outermost = self._found is None
+        self._found = self._flat_losses
         super()._build_nested(*args)
-        if is_outermost:  # `build` is to find no losses: it would make a metric of each, with variables
-            self._found, self._flat_losses = self._flat_losses, []
+        if is_outermost:  # `build` is to find none: it would make a metric of each, with variables
+            self._flat_losses = []
 
     def build(self, y_true: Any, y_pred: Any) -> None:
+        """Finds the loss of each output."""
         super().build(y_true, y_pred)
         self._flat_losses = [one._replace(loss=functools.partial(self._one, one.loss)) for one in self._found]
 
     @property
     def metrics(self) -> list[Any]:
+        """None that does anything."""
         return [_NoMetric()] * len(self._flat_losses or ())
 
     def call(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """The weighted sum; fills `terms`."""
         self.terms.clear()
         if isinstance(y_pred, (list, tuple)) and self.output_names:
             self._name_the_rest()

@@ -178,27 +178,27 @@ class ModelLoss:
             sample_weight: As in `fit`, or `None`.
             temperature: 1 for what `fit` minimizes.
             training: Passed to the model and to `compute_loss`.
-            num_replicas: How many batches Keras takes this one for a part of.
+            num_replicas: Keras divides means by it, to add up the gradients of the replicas. Here each has a batch
+                of its own, and that is undone.
         """
         model = self._model
         loss = _for_scoring(model, self._given, temperature) if self._is_for_scoring else self._given
         scored = CompiledLoss.of(model, loss, temperature, num_replicas)
         with standing_in(model, scored):
             outputs = model(x, training=training)
-            if self._is_for_scoring:
-                return self._for_scoring_alone(scored, y, outputs, sample_weight)
-            if self._is_own:
+            if self._is_for_scoring and scored is not None:
+                total, has_rest = self._alone(scored, y, outputs, sample_weight), False
+            elif self._is_own:
                 takes_training = "training" in inspect.signature(model.compute_loss).parameters
-                total = model.compute_loss(
-                    x, y, outputs, sample_weight, **({"training": training} if takes_training else {})
-                )
+                options = {"training": training} if takes_training else {}
+                total, has_rest = model.compute_loss(x, y, outputs, sample_weight, **options), True
             elif scored is None and not model.losses:
                 raise self._say(
                     f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one."
                 )
             else:
                 total = keras.Model.compute_loss(model, x, y, outputs, sample_weight, training=training)
-            has_rest = self._is_own or bool(model.losses)
+                has_rest = bool(model.losses)
         if total is None:
             raise self._say(f"The loss of the model {model.name!r}, {self.name}, is None. It must be a tensor.")
         if has_rest and temperature != 1.0:
@@ -206,16 +206,15 @@ class ModelLoss:
                 f"A temperature of {temperature:g} divides the logits, not what add_loss and activity regularizers add "
                 "to the loss, which so weighs more than in training. temperature=1.0 weighs it as fit does."
             )
-        return BatchLoss(total, tuple(scored.terms if scored else ()), has_rest)
+        return BatchLoss(total * num_replicas, tuple(scored.terms if scored else ()), has_rest)
 
-    def _for_scoring_alone(self, scored: CompiledLoss, y: Any, outputs: Any, sample_weight: Any) -> BatchLoss:
+    def _alone(self, scored: CompiledLoss, y: Any, outputs: Any, sample_weight: Any) -> Any:
         if len(keras.tree.flatten(outputs)) > 1:
             raise self._say(
                 f"loss={self._given!r} is for a model of one output, and {self._model.name!r} has "
                 f"{len(keras.tree.flatten(outputs))}. Leave loss out, or pass what compile takes."
             )
-        total = scored(y if LOSSES[self._given].needs_labels else outputs, outputs, sample_weight)
-        return BatchLoss(total, tuple(scored.terms), has_rest=False)
+        return scored(y if LOSSES[self._given].needs_labels else outputs, outputs, sample_weight)
 
     def _say(self, problem: str) -> ValueError:
         self.problem = problem

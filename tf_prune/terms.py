@@ -155,20 +155,17 @@ def term(
         sample_weight: The same.
         name: For a mean over something of its own.
         has_fixed_shape: Whether all batches have outputs of the same shape, but for their length.
-        num_replicas: Keras divides means by it, since it adds up the gradients of the replicas. Here each has a batch
-            of its own, and that is undone.
+        num_replicas: Keras divides means by it, and what `add_loss` adds. Then all is, until `BatchLoss` undoes it.
     """
     function = getattr(loss, "fn", None)  # a foreign loss object may say that it sums
     is_scalar = not seen or not len(seen[0].shape)
     if loss.reduction == "sum" or (is_scalar and getattr(function, "reduction", None) == "sum"):
-        return Term(value, SUM)
+        return Term(value / num_replicas, SUM)
+    if is_scalar:  # what a function makes of a batch, nobody else can tell
+        return Term(value / num_replicas, EXAMPLES)
     if loss.reduction in (None, "none"):
-        # One number for a batch is no sum over it as far as anyone can tell.
-        return Term(value, EXAMPLES if is_scalar else SUM)
-    if is_scalar:
-        return Term(value, EXAMPLES)
+        return Term(value / num_replicas, SUM)
     (values,) = seen
-    value = value * num_replicas if num_replicas > 1 else value
     masks = [m for m in (getattr(t, "_keras_mask", None) for t in (outputs, values)) if m is not None]
     mask = ops.cast(ops.all(ops.stack(masks), 0) if len(masks) > 1 else masks[0], "float32") if masks else None
     if loss.reduction == "mean_with_sample_weight" and sample_weight is not None:
