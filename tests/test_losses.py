@@ -47,6 +47,18 @@ class Power(losses.Loss):
         return ops.mean(ops.abs(y_true - y_pred) ** self.power, -1)
 
 
+class Penalty(layers.Layer):
+    """Adds a mean over the examples to the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.supports_masking = True
+
+    def call(self, z):
+        self.add_loss(0.3 * ops.mean(ops.square(z)))
+        return z
+
+
 def square(y_true, y_pred):
     return ops.mean(ops.square(y_true - y_pred), -1)
 
@@ -199,11 +211,6 @@ def test_scores_are_the_gradient_of_what_fit_minimizes_without_weight_regularize
 
 @pytest.mark.parametrize("loss", ["mse", Power(2, reduction="sum")], ids=["mean", "sum"])
 def test_activity_regularizers_and_add_loss_count(loss):
-    class Penalty(layers.Layer):
-        def call(self, z):
-            self.add_loss(0.3 * ops.mean(ops.square(z)))
-            return z
-
     def network(regularizer):
         model = build("logits", loss, regularizer, activity="l1")
         model = keras.Sequential([keras.Input((5,)), *model.layers, Penalty()])
@@ -232,10 +239,11 @@ class OwnLoss(keras.Model):
         return compiled**2 + ops.mean(ops.square(y_pred[0])) + sum(self.losses)
 
 
-def two_heads(loss, weights=None, kind=keras.Model, regularizer=None, activity=None, as_dict=False):
+def two_heads(loss, weights=None, kind=keras.Model, regularizer=None, penalty=False, as_dict=False):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((5,))
-    hidden = layers.Dense(6, "tanh", kernel_regularizer=regularizer, activity_regularizer=activity, name="body")(inputs)
+    hidden = layers.Dense(6, "tanh", kernel_regularizer=regularizer, name="body")(inputs)
+    hidden = Penalty()(hidden) if penalty else hidden
     main, aux = (layers.Dense(units, name=name)(hidden) for units, name in ((3, "main"), (2, "aux")))
     model = kind(inputs, {"main": main, "aux": aux} if as_dict else [main, aux])
     model.compile("sgd", loss, loss_weights=weights)
@@ -251,8 +259,8 @@ SUM = losses.MeanSquaredError(reduction="sum")
 @pytest.mark.parametrize("criterion", ["snip", COLD], ids=["gradient", "hessian_gradient"])
 def test_a_compute_loss_of_ones_own_counts_with_all_that_is_in_it(criterion):
     data = (X, TWO)
-    own = two_heads("mse", kind=OwnLoss, regularizer="l2", activity="l1")
-    plain = two_heads("mse", kind=OwnLoss, activity="l1")
+    own = two_heads("mse", kind=OwnLoss, regularizer="l2", penalty=True)
+    plain = two_heads("mse", kind=OwnLoss, penalty=True)
     scores = tf_prune.score(own, criterion, data)
     if criterion == "snip":
         assert_same(scores, gradient_of_fit(plain, *data))
@@ -380,7 +388,7 @@ def cross_entropy(**options):
     return losses.SparseCategoricalCrossentropy(from_logits=True, **options)
 
 
-def tagger(loss, activity=None, steps=6):
+def tagger(loss, penalty=False, steps=6):
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -388,7 +396,8 @@ def tagger(loss, activity=None, steps=6):
             keras.Input((steps,)),
             layers.Embedding(7, 4, mask_zero=True),
             layers.SimpleRNN(4, return_sequences=True),
-            layers.Dense(5, activity_regularizer=activity),
+            *([Penalty()] if penalty else []),
+            layers.Dense(5),
         ]
     )
     model.compile("sgd", loss)
@@ -398,13 +407,13 @@ def tagger(loss, activity=None, steps=6):
 @pytest.mark.parametrize(
     ("loss", "penalty", "sample_weight"),
     [
-        (cross_entropy(), None, None),
-        (cross_entropy(), "l2", STEP_WEIGHT),
-        (cross_entropy(reduction="sum"), "l2", None),
-        (cross_entropy(reduction="mean_with_sample_weight"), "l2", STEP_WEIGHT),
-        slow(cross_entropy(reduction="mean_with_sample_weight"), None, None),
-        slow(cross_entropy(reduction="none"), None, None),
-        (cross_entropy(ignore_class=2), None, None),
+        (cross_entropy(), False, None),
+        (cross_entropy(), True, STEP_WEIGHT),
+        (cross_entropy(reduction="sum"), True, None),
+        (cross_entropy(reduction="mean_with_sample_weight"), True, STEP_WEIGHT),
+        slow(cross_entropy(reduction="mean_with_sample_weight"), False, None),
+        slow(cross_entropy(reduction="none"), False, None),
+        (cross_entropy(ignore_class=2), False, None),
     ],
 )
 def test_padding_does_not_count_and_unequal_batches_of_it_are_one(loss, penalty, sample_weight):
@@ -447,10 +456,10 @@ def test_elements_weigh_the_same_in_batches_of_any_shape():
 )
 def test_sums_means_and_penalties_of_unequal_batches_are_those_of_one(criterion, loss, y):
     data = (X, y, [WEIGHT, X[:, 0] ** 2])
-    one, many = (tf_prune.score(two_heads(loss, activity="l2"), criterion, d) for d in (data, cut(data, 5, 6)))
+    one, many = (tf_prune.score(two_heads(loss, penalty=True), criterion, d) for d in (data, cut(data, 5, 6)))
     assert_same(many, one)
     if criterion == "snip":
-        assert_same(one, gradient_of_fit(two_heads(loss, activity="l2"), *data))
+        assert_same(one, gradient_of_fit(two_heads(loss, penalty=True), *data))
 
 
 def test_a_foreign_loss_that_says_it_sums_is_added_up():
@@ -541,7 +550,7 @@ def test_in_mixed_precision_padding_does_not_count(policy):
 
 
 def test_a_loss_that_only_scoring_knows_keeps_padding_out_and_counts_alone():
-    plain, penalty = (tagger(cross_entropy(), activity) for activity in (None, "l2"))
+    plain, penalty = (tagger(cross_entropy(), penalty) for penalty in (False, True))
     longer = np.pad(TOKENS, ((0, 0), (0, 3)))
     one = tf_prune.score(plain, "snip", (TOKENS, None), "uniform")
     assert_same(tf_prune.score(penalty, "snip", (TOKENS, None), "uniform"), one)
@@ -554,7 +563,7 @@ def test_a_loss_that_only_scoring_knows_keeps_padding_out_and_counts_alone():
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_compiled_loss_and_the_regularizers_stay_as_they_were(fails):
     loss = Power(2)
-    model = two_heads([loss, loss], [1.0, 2.0], regularizer="l2", activity="l2")
+    model = two_heads([loss, loss], [1.0, 2.0], regularizer="l2", penalty=True)
     compiled, regularizer = model._compile_loss, model.layers[1].kernel.regularizer
     model(X)
     if fails:
@@ -580,9 +589,9 @@ def test_many_models_are_scored_without_a_word_of_retracing(caplog):
 def test_sums_and_means_on_two_devices_are_those_of_one():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     loss = [SUM, "mse"]
-    one = two_heads(loss, activity="l2")
+    one = two_heads(loss, penalty=True)
     with strategy.scope():
-        two = two_heads(loss, activity="l2")
+        two = two_heads(loss, penalty=True)
     data = cut((X, TWO), 3, 7, 10)
     assert_same(tf_prune.score(two, "snip", data), tf_prune.score(one, "snip", data))
     assert_same(tf_prune.score(one, "snip", data), gradient_of_fit(one, X, TWO))

@@ -237,7 +237,7 @@ class Derivatives:
 
             # TensorFlow warns of retracing by code, and all models have this one.
             traced.__code__ = traced.__code__.replace(co_name=f"derivative_{next(_NUMBERS)}")
-            self._functions[key] = tf.function(traced, reduce_retracing=True, jit_compile=self._jit)
+            self._functions[key] = tf.function(traced, reduce_retracing=True, autograph=False, jit_compile=self._jit)
         return self._functions[key]
 
     def _gradient_function(
