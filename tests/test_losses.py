@@ -373,8 +373,9 @@ def test_a_function_gets_all_outputs_where_targets_are_not_theirs():
     assert_same(scores, gradient_of_fit(plain, X, [0 * TWO[0], TWO[1]]))
 
 
-def test_names_of_functions_and_of_layers_stay_clean():
-    tf_prune.score(build("logits", "mse"), "snip", (X, REAL), lambda y, z: ops.mean(ops.square(y - z), -1))
+@pytest.mark.parametrize("loss", [FUNCTIONS["lambda"], Power(2, name="my loss!")], ids=["lambda", "name"])
+def test_a_name_that_is_no_scope_leaves_nothing_in_the_paths_of_later_variables(loss):
+    tf_prune.score(build("logits", "mse"), "snip", (X, REAL), loss)
     assert keras.Variable(0.0, name="next").path == "next"
 
 

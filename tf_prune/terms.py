@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,19 +118,24 @@ class Mean:
 
 @contextlib.contextmanager
 def watched(loss: keras.losses.Loss) -> Iterator[list[Any]]:
-    """Sees what the loss gives element by element, before Keras reduces it: of the last call, if there was one."""
+    """Sees what the loss gives element by element, before Keras reduces it: of the last call, if there was one.
+
+    A name that TensorFlow does not take for a scope would stay in Keras's, and in the paths of all later variables.
+    """
     seen: list[Any] = []
     own = vars(loss).get("call")
-    call = loss.call
+    name, call = loss.name, loss.call
 
     def watched_call(*args: Any, **kwargs: Any) -> Any:
         seen[:] = [call(*args, **kwargs)]
         return seen[0]
 
     object.__setattr__(loss, "call", watched_call)
+    object.__setattr__(loss, "name", re.sub(r"[^A-Za-z0-9_.]", "_", name))
     try:
         yield seen
     finally:
+        object.__setattr__(loss, "name", name)
         object.__delattr__(loss, "call")
         if own is not None:
             object.__setattr__(loss, "call", own)
