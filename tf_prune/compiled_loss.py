@@ -186,6 +186,8 @@ class CompiledLoss(CompileLoss):
             (y_true,) = keras.tree.flatten(y_true)
         is_one_loss = not keras.tree.is_nested(self._user_loss)
         if is_one_loss and (y_true is None or len(keras.tree.flatten(y_true)) != len(keras.tree.flatten(y_pred))):
+            if self._temperature != 1.0 and keras.tree.is_nested(y_pred):
+                raise ValueError("A temperature cannot divide the logits of all outputs at once. Use temperature=1.0.")
             return self._one(_AsGiven(self._user_loss), y_true, y_pred, sample_weight)
         return super().call(y_true, y_pred, sample_weight)
 
