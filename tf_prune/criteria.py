@@ -127,7 +127,8 @@ class GraSP(Criterion):
     negated and the largest are kept. Of a group: the sum.
 
     Args:
-        temperature: Divides the logits while scoring. Needs a cross-entropy; use 1 with other losses.
+        temperature: Divides the logits while scoring, not what `add_loss` adds. Needs a cross-entropy of Keras, or a
+            loss object that has `from_logits=True`; use 1 with other losses.
         training: Whether batch normalization uses the batch's statistics while scoring.
         quirk_half_batches: Cuts each batch in the middle, as the release does, with statistics of batch normalization
             for each half. Give it batches of `class_balanced`, which are sorted by class like the release's.

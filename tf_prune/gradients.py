@@ -1,6 +1,7 @@
 """First and second derivatives of a model's loss by its weights. The only nested `GradientTape`s."""
 
 import contextlib
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,10 +18,16 @@ from tf_prune.losses import ModelLoss
 from tf_prune.noise import check_no_state, noise_off, why_not_repeatable
 from tf_prune.precision import computing_in_float64, first_below_float64
 from tf_prune.prunable import check_call
+from tf_prune.terms import EXAMPLES, BatchLoss, Mean, Parts
 
 Arrays = dict[str, np.ndarray]
 Tensors = list[tf.Tensor]
 MaskMapping = Mapping[str, np.ndarray]
+_NUMBERS = itertools.count()
+_NO_LABELS = (
+    "missing (only the losses 'uniform', 'prediction' and 'prediction_raw' need none, and a function that does not "
+    "look at it)"
+)
 
 
 _LARGE = 4096  # examples in one batch, above which it is told how to cut it
@@ -58,7 +65,7 @@ def _describe(part: Any) -> str:
         f"{a.dtype}{list(a.shape)}" + (f" from {a.min()} to {a.max()}" if a.size and a.dtype.kind not in "OSU" else "")
         for a in leaves
     ]
-    return ", ".join(texts) or "missing (only the losses 'uniform', 'prediction' and 'prediction_raw' need none)"
+    return ", ".join(texts) or _NO_LABELS
 
 
 class Derivatives:
@@ -68,15 +75,18 @@ class Derivatives:
     of the model is written, neither weights nor batch-normalization statistics nor seeds, also when an error is
     raised. Each derivative is traced once; masks enter the compiled function as arguments.
 
-    The loss is a cross-entropy on logits wherever the model's loss is a cross-entropy, also if the model ends
-    in a softmax. It is the loss function's value alone: regularizers and `add_loss` are not part of it. Dropout,
-    noise and augmentation layers are off unless they are asked for. XLA compiles it where the model was compiled with
+    The loss is what `fit` minimizes, `model.compute_loss`, with padding masks, sample weights, `add_loss` and activity
+    regularizers, but without weight regularizers. A cross-entropy of Keras is taken on logits, also if the model ends
+    in a softmax or sigmoid; every other loss is called as it is. Several batches are weighed as the loss weighs its
+    elements, so that they are one large batch: by examples, by the steps that a mask leaves, by sample weights; sums
+    are added up. A function that gives one number for a batch is taken for a mean over its examples. Dropout, noise
+    and augmentation layers are off unless they are asked for. XLA compiles it where the model was compiled with
     `jit_compile=True`.
 
     Args:
         model: A built `keras.Model`.
         variables: Mapping of path to the variables to differentiate by.
-        loss: A Keras loss, its name, or a callable `(y, outputs)`; `None` takes the compiled one. `"uniform"`,
+        loss: What `compile` takes, or a callable `(y, outputs)`; `None` takes the compiled one. `"uniform"`,
             `"prediction"` and `"prediction_raw"` need no labels.
         dropout: Whether dropout, noise and augmentation act; the same in each batch, as the model's seeds stay.
     """
@@ -93,9 +103,9 @@ class Derivatives:
         self._model = model
         self.variables = dict(variables)
         self._loss = ModelLoss(model, loss)
-        self._functions: dict[Any, Callable[..., Tensors]] = {}
-        self._told_of_size = False
+        self._functions: dict[Any, Callable[..., Any]] = {}
         self._disconnected: list[str] = []
+        self._told: set[str] = set()
         self._problem: str | None = None
         # Gradients that pass through float16 would underflow, as in training; exact, being a power of 2.
         halves = any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
@@ -228,7 +238,9 @@ class Derivatives:
 
     def _flow(self, precision: str, *args: Any) -> Arrays:
         try:
-            return self._named(self._over_workers(self._flow_function(precision)(*args), 1))
+            mean = Mean()
+            mean.add({EXAMPLES: (tf.ones(()), self._flow_function(precision)(*args))})
+            return self._named(self._over_workers(mean))
         except ValueError:
             if self._problem:
                 raise ValueError(self._problem) from None
@@ -277,61 +289,68 @@ class Derivatives:
 
     # -- what is traced ------------------------------------------------------------------------
 
-    def _function(self, key: Any, function: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    def _function(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         if key not in self._functions:
             check_no_state(self._model)
 
-            def traced(*args: Any) -> Tensors:
+            def traced(*args: Any) -> Any:
                 value = function(*args)
                 self._problem = why_not_repeatable(tf.compat.v1.get_default_graph())
                 if self._problem:
                     raise ValueError(self._problem)  # before it runs, and writes
                 return value
 
-            self._functions[key] = tf.function(traced, reduce_retracing=True, jit_compile=self._jit)
+            # TensorFlow warns of retracing by code, and all models have this one.
+            traced.__code__ = traced.__code__.replace(co_name=f"derivative_{next(_NUMBERS)}")
+            self._functions[key] = tf.function(traced, reduce_retracing=True, autograph=False, jit_compile=self._jit)
         return self._functions[key]
 
     def _gradient_function(
         self, temperature: float, training: bool, times_weights: bool = False
-    ) -> Callable[..., Tensors]:
+    ) -> Callable[..., Parts]:
         check_call(self._model, _SCORING)
         self._loss.check(temperature)
 
-        def gradient(batch: Batch, masks: Tensors | None) -> Tensors:
+        def gradient(batch: Batch, masks: Tensors | None) -> Parts:
             weights = self._masked_weights(masks)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
                 tape.watch(weights)
                 loss = self._loss_value(weights, batch, temperature, training)
-            gradients = tape.gradient(loss, weights)
-            self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
-            gradients = [g / (self._scale * temperature) for g in _dense(gradients, weights)]
-            return self._times_weights(gradients) if times_weights else gradients
+            parts = self._connected(loss.gradients(tape, weights, _num_examples(batch)))
+            return {
+                group: (size, self._finished(_dense(gradients, weights), self._scale * temperature, times_weights))
+                for group, (size, gradients) in parts.items()
+            }
 
         return self._function(("gradient", temperature, training, times_weights), gradient)
 
     def _hessian_product_function(
         self, temperature: float, training: bool, times_weights: bool = False
-    ) -> Callable[..., Tensors]:
-        """Hessian times a vector, or times the gradient of the batch itself where the vector is `None`."""
+    ) -> Callable[..., Parts]:
+        """Hessian times a vector, or times the gradient of the batch itself, the only one, where it is `None`."""
         check_call(self._model, _SCORING)
         self._loss.check(temperature)
 
-        def hessian_product(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Tensors:
+        def hessian_product(batch: Batch, masks: Tensors | None, vector: Tensors | None) -> Parts:
             batch = keras.tree.map_structure(_as_dense, batch)  # TensorFlow derives sparse products only once
             weights = self._masked_weights(masks)
-            with tf.GradientTape(watch_accessed_variables=False) as outer:
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as outer:
                 outer.watch(weights)
-                with tf.GradientTape(watch_accessed_variables=False) as inner:
+                with tf.GradientTape(persistent=True, watch_accessed_variables=False) as inner:
                     inner.watch(weights)
                     loss = self._loss_value(weights, batch, temperature, training)
-                gradients = inner.gradient(loss, weights)
-                self._disconnected = [p for p, g in zip(self.variables, gradients, strict=True) if g is None]
-                gradients = _dense(gradients, weights)
+                if vector is None:
+                    loss = BatchLoss(loss.total)
+                parts = self._connected(loss.gradients(inner, weights, _num_examples(batch)))
+                parts = {group: (size, _dense(gradients, weights)) for group, (size, gradients) in parts.items()}
             scale = self._scale * temperature
-            vector = gradients if vector is None else [v * scale for v in vector]
-            # The vector enters as the gradient of what comes after: no products, no sum.
-            products = [h / scale**2 for h in _dense(outer.gradient(gradients, weights, vector), weights)]
-            return self._times_weights(products) if times_weights else products
+            products = {}
+            for group, (size, gradients) in parts.items():
+                # The vector enters as the gradient of what comes after: no products, no sum.
+                upstream = gradients if vector is None else [v * scale for v in vector]
+                values = _dense(outer.gradient(gradients, weights, upstream), weights)
+                products[group] = size, self._finished(values, scale**2, times_weights)
+            return products
 
         return self._function(("hessian_product", temperature, training, times_weights), hessian_product)
 
@@ -373,8 +392,17 @@ class Derivatives:
                 stacklevel=2,
             )
 
-    def _times_weights(self, values: Tensors) -> Tensors:
+    def _connected(self, parts: Parts) -> Parts:
+        """The same; notes what the loss does not depend on."""
+        of_each = zip(*(gradients for _, gradients in parts.values()), strict=True)
+        self._disconnected = [p for p, g in zip(self.variables, of_each, strict=True) if all(v is None for v in g)]
+        return parts
+
+    def _finished(self, values: Tensors, scale: float, times_weights: bool) -> Tensors:
         """In the compiled function, on all cores."""
+        values = [value / scale for value in values]
+        if not times_weights:
+            return values
         weights = (tf.convert_to_tensor(variable.value) for variable in self.variables.values())
         return [value * tf.cast(weight, tf.float32) for value, weight in zip(values, weights, strict=True)]
 
@@ -384,12 +412,13 @@ class Derivatives:
             return weights
         return [tf.where(mask, weight, tf.zeros((), weight.dtype)) for mask, weight in zip(masks, weights, strict=True)]
 
-    def _loss_value(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> tf.Tensor:
+    def _loss_value(self, weights: Tensors, batch: Batch, temperature: float, training: bool) -> BatchLoss:
         """The loss times the temperature, which keeps its gradient in range, and times the scale of float16."""
-        with keras.StatelessScope(state_mapping=list(zip(self.variables.values(), weights, strict=True))):
-            value = self._loss.value(*batch, temperature, training) * (self._scale * temperature)
-        # Keras divides a mean by the number of replicas, whose gradients it will add up; here each has its own batch.
-        return value * float(tf.distribute.get_strategy().num_replicas_in_sync if self._loss.is_mean else 1)
+        mapping = list(zip(self.variables.values(), weights, strict=True))
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+            loss = self._loss.value(*batch, temperature, training, num_replicas)
+        return dataclasses.replace(loss, total=loss.total * (self._scale * temperature))
 
     # -- what is checked, and what is averaged ---------------------------------------------------
 
@@ -408,7 +437,7 @@ class Derivatives:
         return keras.tree.map_structure(tf.convert_to_tensor, ones)
 
     def _mean(
-        self, function: Callable[..., Tensors], batches: Iterable[Batch], masks: MaskMapping | None, *rest: Any
+        self, function: Callable[..., Parts], batches: Iterable[Batch], masks: MaskMapping | None, *rest: Any
     ) -> Arrays:
         """Averages what `function` gives for each batch over all examples, those of other workers included.
 
@@ -416,22 +445,18 @@ class Derivatives:
         device, since no batch is cut. Workers may have different numbers of batches.
         """
         mask_tensors = self._mask_tensors(masks)
-        mean: Tensors = []
-        count = 0
+        mean = Mean()
         stream = iter(batches)
         while dealt := list(itertools.islice(stream, self._num_devices)):
-            for batch, value in zip(dealt, self._evaluate(function, dealt, mask_tensors, *rest), strict=True):
-                size = size_of(batch)
-                count += size
-                for i, v in enumerate(value if mean else ()):
-                    mean[i] = mean[i] + (v - mean[i]) * (size / count)  # the old ones go as the new ones come
-                mean = mean or list(value)
-        return self._named(self._over_workers(mean, count))
+            for parts in self._evaluate(function, dealt, mask_tensors, *rest):
+                mean.add(parts)
+        self._tell()
+        return self._named(self._over_workers(mean))
 
-    def _over_workers(self, mean: Tensors, count: int) -> Tensors:
+    def _over_workers(self, mean: Mean) -> Tensors:
         """The mean over the examples of all workers, the same on each of them bit for bit."""
         if not self._is_multi_worker:
-            return mean
+            return mean.result()
 
         def all_reduce(values: Tensors) -> Tensors:
             context = tf.distribute.get_replica_context()
@@ -439,12 +464,14 @@ class Derivatives:
             own = [tf.where(is_first, value, tf.zeros_like(value)) for value in values]
             return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
 
-        weighted = [tf.constant(float(count)), *(value * float(count) for value in mean)]
-        reduced = tf.function(lambda values: self._strategy.run(all_reduce, (values,)))(weighted)
-        total, *sums = [self._strategy.experimental_local_results(value)[0] for value in reduced]
-        return [value / total for value in sums]
+        if "all_reduce" not in self._functions:
+            self._functions["all_reduce"] = tf.function(lambda values: self._strategy.run(all_reduce, (values,)))
+        sums = mean.as_sums()
+        reduced = self._functions["all_reduce"](tf.nest.flatten(sums))
+        total = [self._strategy.experimental_local_results(value)[0] for value in reduced]
+        return Mean.of_sums(tf.nest.pack_sequence_as(sums, total)).result()
 
-    def _run(self, function: Callable[..., Tensors], batches: list[Batch], *rest: Any) -> list[Tensors]:
+    def _run(self, function: Callable[..., Parts], batches: list[Batch], *rest: Any) -> list[Parts]:
         """What `function` gives for each batch: one after the other, or each on a device of its own."""
         tensors = [keras.tree.map_structure(_as_tensor, batch) for batch in batches]
         if len(batches) == 1 or len(batches) < self._num_devices:
@@ -453,17 +480,18 @@ class Derivatives:
             lambda context: tensors[context.replica_id_in_sync_group % self._num_devices]
         )
         values = self._strategy.run(function, (placed, *rest))
-        of_each = [self._strategy.experimental_local_results(value) for value in values]
-        return [list(value) for value in zip(*of_each, strict=True)]
+        of_each = [self._strategy.experimental_local_results(value) for value in tf.nest.flatten(values)]
+        return [tf.nest.pack_sequence_as(values, list(parts)) for parts in zip(*of_each, strict=True)]
 
-    def _evaluate(self, function: Callable[..., Tensors], batches: list[Batch], *rest: Any) -> list[Tensors]:
+    def _evaluate(self, function: Callable[..., Parts], batches: list[Batch], *rest: Any) -> list[Parts]:
         self._tell_of_size(size_of(batches[0]))
         try:
             with contextlib.nullcontext() if self._dropout else noise_off(self._model):
                 values = self._run(function, batches, *rest)
-        except (tf.errors.OpError, ValueError, TypeError) as error:
-            if self._problem:
-                raise ValueError(self._problem) from None
+        except Exception as error:  # of the user's own functions, too
+            problem = self._problem or self._loss.problem
+            if problem:
+                raise ValueError(problem) from None
             x, y, _ = batches[0]
             lines = [line.strip() for line in str(error).splitlines() if line.strip() and "{{node" not in line]
             raise ValueError(
@@ -472,17 +500,17 @@ class Derivatives:
                 "categorical cross-entropy takes integers below the number of outputs, a categorical one takes one-hot "
                 f"rows.{self._unbatched(x)} The cause: {lines[-1] if lines else type(error).__name__}"
             ) from error
-        if self._disconnected:
+        if len(self._disconnected) == len(self.variables):
             raise ValueError(
-                f"The loss gives no gradient to {', '.join(self._disconnected)}, so it cannot score them. Leave their "
-                "layers out with filters=..., or use a criterion without data."
+                f"The loss, {self._loss.name}, gives no gradient to any kernel that is to be scored: "
+                f"{', '.join(self._disconnected)}. Take another loss or other layers, or a criterion without data."
             )
         return values
 
     def _tell_of_size(self, size: int) -> None:
         """In one sentence, and once."""
-        if size > _LARGE and not self._told_of_size:
-            self._told_of_size = True
+        if size > _LARGE and "size" not in self._told:
+            self._told.add("size")
             warnings.warn(
                 f"A batch of {size:,} examples is scored at once, which takes memory for all of them; batch_size=128 "
                 "cuts arrays into batches whose scores are averaged, and a data set is batched smaller.",
@@ -500,9 +528,26 @@ class Derivatives:
                 )
         return ""
 
+    def _tell(self) -> None:
+        """What is to be known of the scores, once."""
+        remarks = set(self._loss.remarks)
+        if self._disconnected:
+            remarks.add(
+                f"The loss does not depend on {', '.join(self._disconnected)}. What it does not need scores 0 and is "
+                "removed first, or early. Leave their layers out with filters=... to keep them."
+            )
+        for remark in sorted(remarks - self._told):
+            warnings.warn(remark, stacklevel=5)
+        self._told |= remarks
+
     def _named(self, tensors: Tensors) -> Arrays:
         """As read-only arrays on the tensors' own memory."""
         return {path: np.asarray(memoryview(tensor)) for path, tensor in zip(self.variables, tensors, strict=True)}
+
+
+def _num_examples(batch: Batch) -> tf.Tensor:
+    leaf = next(leaf for leaf in keras.tree.flatten(batch) if leaf is not None)
+    return tf.cast(leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0], tf.float32)
 
 
 def _dense(gradients: list[tf.Tensor | None], weights: Tensors) -> Tensors:

@@ -1,27 +1,13 @@
-"""What a user calls a loss, as one that can be differentiated: a cross-entropy on logits wherever it is one."""
+"""The loss that `fit` minimizes on a batch, and the few that only scoring uses."""
 
-from collections.abc import Callable
+import inspect
 from typing import Any
 
 import keras
 from keras import ops
 
-_SMALLEST = 1e-37  # nearly the smallest normal float32: the logarithm of a probability stays finite
-
-
-class _Wrapped(keras.losses.Loss):
-    """A user's function as a loss, with the casts and the ranks that `compile` would give it."""
-
-    def __init__(self, function: Callable[[Any, Any], Any]):
-        super().__init__(name=getattr(function, "__name__", "loss"))
-        self._function = function
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        if len(y_true.shape) == len(y_pred.shape) - 1 and y_pred.shape[-1] == 1:
-            y_true = y_true[..., None]
-        elif len(y_true.shape) == len(y_pred.shape) + 1 and y_true.shape[-1] == 1:
-            y_true = y_true[..., 0]
-        return self._function(y_true, y_pred)
+from tf_prune.compiled_loss import CompiledLoss, activation_before, is_binary, log_odds, standing_in, takes_logits
+from tf_prune.terms import BatchLoss
 
 
 class _OnLogits(keras.losses.Loss):
@@ -33,16 +19,25 @@ class _OnLogits(keras.losses.Loss):
 
     needs_labels = False
 
-    def __init__(self, from_logits: bool | None = None, binary: bool = False, **options: Any):
-        super().__init__(**options)
-        self.from_logits = from_logits
-        self.binary = binary
+    def __init__(self, ends_in_logits: bool | None, binary: bool, temperature: float, name: str):
+        super().__init__(name=name)
+        self._ends_in_logits = ends_in_logits
+        self._binary = binary
+        self._temperature = temperature
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "from_logits": self.from_logits, "binary": self.binary}
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        logits = ops.cast(self._logits(y_pred), self.dtype) / self._temperature
+        logits._keras_mask = getattr(y_pred, "_keras_mask", None)
+        return super().__call__(y_true if self.needs_labels else logits, logits, sample_weight)
+
+    def _logits(self, outputs: Any) -> Any:
+        known = getattr(outputs, "_keras_logits", None)
+        if self._ends_in_logits or (self._ends_in_logits is None and known is None):
+            return outputs
+        return log_odds(outputs, self._binary or outputs.shape[-1] == 1) if known is None else known
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        if self.binary or y_pred.shape[-1] == 1:
+        if self._binary or y_pred.shape[-1] == 1:
             y_true = ops.reshape(y_true, ops.shape(y_pred))
             y_pred = ops.stack([ops.zeros_like(y_pred), y_pred], -1)
         return -ops.sum(self.target(y_true, y_pred) * self.log_likelihoods(y_pred), -1)
@@ -98,124 +93,129 @@ LOSSES: dict[str, type[_OnLogits]] = {
 }
 
 
-def _resolve(model: keras.Model, loss: Any) -> keras.losses.Loss | None:
-    """The loss as an object, or `None` for the model's own `compute_loss`: several losses, or one of the user's."""
-    if isinstance(loss, str) and loss in LOSSES:
-        compiled = _resolve(model, None) if model.compiled and model.loss is not None else None
-        from_logits = compiled.get_config().get("from_logits") if compiled is not None else None
-        return LOSSES[loss](from_logits, "Binary" in type(compiled).__name__, name=loss)
-    is_compiled = loss is None
-    if is_compiled:
-        if not model.compiled:
-            raise ValueError(
-                f"The model {model.name!r} is not compiled and no loss was given. Call model.compile(optimizer, loss), "
-                "or pass loss=... here."
-            )
-        if type(model).compute_loss is not keras.Model.compute_loss:
-            return None
-        loss = model.loss
-        if loss is None:
-            raise ValueError(
-                f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one."
-            )
-        if isinstance(loss, (list, tuple, dict)) and len(loss) == 1:
-            (loss,) = loss.values() if isinstance(loss, dict) else loss
-        if isinstance(loss, (list, tuple, dict)) or loss in ("crossentropy", "ce"):
-            return None
-    try:
-        loss = keras.losses.get(loss)
-    except ValueError as error:
-        raise ValueError(f"{error} Only for scoring there are {', '.join(map(repr, LOSSES))}.") from None
-    name = getattr(loss, "__name__", "")
-    if name and loss is getattr(keras.losses, name, None):
-        # The class of the same name knows how to reduce, and whether it takes logits.
-        loss_class = getattr(keras.losses, "".join(word.title() for word in name.split("_")), None)
-        loss = loss_class() if loss_class else loss
-    if isinstance(loss, keras.losses.Loss):
-        return loss
-    return None if is_compiled else _Wrapped(loss)
-
-
-def _is_cross_entropy(loss: Any) -> bool:
-    """Whether the loss is one that can be taken on logits."""
-    return isinstance(loss, keras.losses.Loss) and "from_logits" in loss.get_config()
-
-
-def _logits(loss: keras.losses.Loss, outputs: Any) -> Any:
-    from_logits = loss.get_config()["from_logits"]
-    if from_logits:
-        return outputs
-    if from_logits is None or hasattr(outputs, "_keras_logits"):
-        return getattr(outputs, "_keras_logits", outputs)
-    # A constant per example drops out of a softmax, so the logarithm is as good as the logits.
-    probabilities = ops.maximum(ops.cast(outputs, "float32"), _SMALLEST)
-    is_binary = isinstance(loss, _OnLogits) and (loss.binary or outputs.shape[-1] == 1)
-    if is_binary or "Binary" in type(loss).__name__:
-        return ops.log(probabilities) - ops.log(ops.maximum(1.0 - probabilities, _SMALLEST))
-    return ops.log(probabilities)
+def _for_scoring(model: keras.Model, name: str, temperature: float) -> _OnLogits:
+    """One of `LOSSES`; the compiled loss tells what the model ends in."""
+    compiled = keras.tree.flatten(model.loss) if model.compiled else []
+    is_told = len(compiled) == 1 and compiled[0] not in (None, "crossentropy", "ce")
+    loss = keras.losses.get(compiled[0]) if is_told else None
+    ends_in_logits = getattr(loss, "from_logits", False if activation_before(loss) else None)
+    return LOSSES[name](ends_in_logits, is_binary(loss), temperature, name)
 
 
 class ModelLoss:
-    """The mean loss of a model on a batch: on logits, whatever the model ends in, where it is a cross-entropy.
+    """What `fit` would minimize on a batch: `model.compute_loss`, whatever is in it, but for weight regularizers.
+
+    A loss that is given takes the place of the compiled one, of its weights, and of a `compute_loss` of the model's
+    own. Those of `LOSSES` count alone, without `add_loss`.
 
     Args:
         model: A built `keras.Model`.
-        loss: A Keras loss, its name, one of `LOSSES`, or a callable `(y, outputs)`; `None` takes the compiled one.
+        loss: What `compile` takes, one of `LOSSES`, or a callable `(y, outputs)`; `None` takes the compiled one.
+
+    Attributes:
+        problem: What an error is to say in the place of any other one.
+        remarks: What is to be told of the loss.
     """
 
     def __init__(self, model: keras.Model, loss: Any = None):
         self._model = model
         self._given = loss
-        self._loss: keras.losses.Loss | None = None
-        self._is_resolved = False
+        self._is_for_scoring = isinstance(loss, str) and loss in LOSSES
+        self.problem: str | None = None
+        self.remarks: set[str] = set()
 
-    def check(self, temperature: float) -> None:
-        """Finds the loss, and raises if there is none or it cannot have this temperature.
+    @property
+    def _is_own(self) -> bool:
+        """Whether a `compute_loss` of the model's own is what counts."""
+        method = getattr(self._model.compute_loss, "__func__", None)
+        return self._given is None and method is not keras.Model.compute_loss
 
-        Raises:
-            ValueError: That says how to mend it.
-        """
-        if not self._is_resolved:
-            outputs = getattr(self._model, "outputs", None) or []
-            if self._given is not None and len(outputs) > 1:
-                raise ValueError(
-                    f"loss={self._given!r} cannot be taken for a model with {len(outputs)} outputs. Compile the model "
-                    "with its losses and leave loss out."
-                )
-            self._loss, self._is_resolved = _resolve(self._model, self._given), True
-        if temperature != 1.0 and not _is_cross_entropy(self._loss):
-            raise ValueError(
-                f"A temperature of {temperature:g} divides the logits of one cross-entropy, but the loss is "
-                f"{self.name}. Use temperature=1.0, or compile with a keras.losses cross-entropy."
-            )
+    @property
+    def _losses(self) -> list[Any]:
+        """Each loss that is given or compiled."""
+        losses = self._model.loss if self._given is None else self._given
+        return [loss for loss in keras.tree.flatten(losses) if loss is not None]
 
     @property
     def name(self) -> str:
         """What an error calls it."""
-        if self._loss is not None:
-            return repr(self._loss.name)
-        own = type(self._model).compute_loss is not keras.Model.compute_loss
-        return "the model's own compute_loss" if own else repr(self._model.loss)
+        if self._is_own:
+            return "the model's own compute_loss"
+        names = (loss if isinstance(loss, str) else keras.losses.get(loss) for loss in self._losses)
+        return ", ".join(repr(getattr(name, "name", getattr(name, "__name__", name))) for name in names)
 
-    @property
-    def is_mean(self) -> bool:
-        """Whether it averages over examples, as Keras's losses do unless asked otherwise."""
-        return getattr(self._loss, "reduction", "mean") not in (None, "none", "sum")
+    def check(self, temperature: float) -> None:
+        """Raises if there is no loss or it cannot have this temperature.
 
-    def value(self, x: Any, y: Any, sample_weight: Any, temperature: float, training: bool) -> Any:
-        """The loss function's value alone, without regularizers; logits are divided by the temperature."""
-        outputs = self._model(x, training=training)
-        if len(keras.tree.flatten(outputs)) == 1:
-            (outputs,) = keras.tree.flatten(outputs)
-            y = keras.tree.flatten(y)[0] if len(keras.tree.flatten(y)) == 1 else y
-        if _is_cross_entropy(self._loss):
-            assert self._loss is not None  # noqa: S101 - for the type checker
-            config = {**self._loss.get_config(), "from_logits": True, "dtype": self._loss.dtype}
-            logits = _logits(self._loss, outputs) / temperature
-            y = y if getattr(self._loss, "needs_labels", True) else logits
-            return type(self._loss).from_config(config)(y, logits, sample_weight)
-        if self._loss is not None:
-            return self._loss(y, outputs, sample_weight)
-        value = self._model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
-        is_keras = type(self._model).compute_loss is keras.Model.compute_loss
-        return value - sum(self._model.losses) if is_keras else value
+        Raises:
+            ValueError: That says how to mend it.
+        """
+        if self._given is None and not self._model.compiled:
+            raise ValueError(
+                f"The model {self._model.name!r} is not compiled and no loss was given. Call model.compile(optimizer, "
+                "loss), or pass loss=... here."
+            )
+        if self._is_for_scoring:
+            return
+        try:
+            has_logits = [takes_logits(loss) for loss in self._losses]
+        except ValueError as error:
+            raise ValueError(f"{error} Only for scoring there are {', '.join(map(repr, LOSSES))}.") from None
+        if temperature != 1.0 and (self._is_own or not all(has_logits)):
+            raise ValueError(
+                f"A temperature of {temperature:g} divides the logits of a cross-entropy, but the loss is {self.name}. "
+                "Use temperature=1.0, or a keras.losses cross-entropy, or a loss object that has from_logits=True."
+            )
+
+    def value(
+        self, x: Any, y: Any, sample_weight: Any, temperature: float, training: bool, num_replicas: int
+    ) -> BatchLoss:
+        """The loss of a batch, in a `StatelessScope` that collects losses; a temperature divides the logits.
+
+        Args:
+            x: Inputs.
+            y: Targets, or `None`.
+            sample_weight: As in `fit`, or `None`.
+            temperature: 1 for what `fit` minimizes.
+            training: Passed to the model and to `compute_loss`.
+            num_replicas: Keras divides means by it, to add up the gradients of the replicas. Here each has a batch
+                of its own, and that is undone.
+        """
+        model = self._model
+        loss = _for_scoring(model, self._given, temperature) if self._is_for_scoring else self._given
+        scored = CompiledLoss.of(model, loss, temperature, num_replicas)
+        with standing_in(model, scored):
+            outputs = model(x, training=training)
+            if self._is_for_scoring and scored is not None:
+                total, has_rest = self._alone(scored, y, outputs, sample_weight), False
+            elif self._is_own:
+                takes_training = "training" in inspect.signature(model.compute_loss).parameters
+                options = {"training": training} if takes_training else {}
+                total, has_rest = model.compute_loss(x, y, outputs, sample_weight, **options), True
+            elif scored is None and not model.losses:
+                raise self._say(
+                    f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one."
+                )
+            else:
+                total = keras.Model.compute_loss(model, x, y, outputs, sample_weight, training=training)
+                has_rest = bool(model.losses)
+        if total is None:
+            raise self._say(f"The loss of the model {model.name!r}, {self.name}, is None. It must be a tensor.")
+        if has_rest and temperature != 1.0:
+            self.remarks.add(
+                f"A temperature of {temperature:g} divides the logits, not what add_loss and activity regularizers add "
+                "to the loss, which so weighs more than in training. temperature=1.0 weighs it as fit does."
+            )
+        return BatchLoss(total * num_replicas, tuple(scored.terms if scored else ()), has_rest)
+
+    def _alone(self, scored: CompiledLoss, y: Any, outputs: Any, sample_weight: Any) -> Any:
+        if len(keras.tree.flatten(outputs)) > 1:
+            raise self._say(
+                f"loss={self._given!r} is for a model of one output, and {self._model.name!r} has "
+                f"{len(keras.tree.flatten(outputs))}. Leave loss out, or pass what compile takes."
+            )
+        return scored(y if LOSSES[self._given].needs_labels else outputs, outputs, sample_weight)
+
+    def _say(self, problem: str) -> ValueError:
+        self.problem = problem
+        return ValueError(problem)

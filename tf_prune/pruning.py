@@ -331,10 +331,12 @@ def prune(
             `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator. Where no labels are needed, x alone or
             `(x, None)` will do. The parts are what `fit` takes: numbers or strings, of NumPy, TensorFlow, pandas or
             SciPy, ragged or sparse, and dicts and lists of them.
-        loss: A Keras loss, its name, or a callable; defaults to the compiled loss. `"uniform"` (cross-entropy with the
-            uniform distribution), `"prediction"` and `"prediction_raw"` (with the network's own prediction, averaged
-            over the batch after or before the softmax) need no labels. `"quirk_raw_logit"` is the loss of FORCE's
-            release, `-mean(logit[label])`.
+        loss: What `compile` takes, for one output or several, or a function `(y, outputs)` of any targets or none;
+            defaults to what `fit` minimizes, `model.compute_loss`. Weight regularizers do not count; `add_loss`,
+            activity regularizers, padding masks and sample weights do. Kernels that it does not read score 0. Only for
+            scoring there are `"uniform"` (cross-entropy with the uniform distribution), `"prediction"` and
+            `"prediction_raw"` (with the network's own prediction, averaged over the batch after or before the
+            softmax), which need no labels, and `"quirk_raw_logit"`, the loss of FORCE's release, `-mean(logit[label])`.
         scope: `"global"` ranks all weights together. `"layerwise"` removes this fraction of each kernel; `"uniform"`
             of the whole, as evenly as it goes; `"erk"` of the whole, and keeps in each kernel a fraction in proportion
             to `sum(shape) / prod(shape)`. A table `{layer: sparsity}` of layers, or of their names, says it for these,
