@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from tf_prune.batches import Batches
-from tf_prune.gradients import Arrays, Derivatives, MaskMapping
+from tf_prune.evaluation import Arrays, MaskMapping
+from tf_prune.gradients import Derivatives
 from tf_prune.structures import Grouping
 
 Groups = Mapping[str, Grouping]

@@ -23,7 +23,8 @@ from tf_prune.criteria import (
     SquaredGradient,
     SynapticFlow,
 )
-from tf_prune.gradients import Arrays, Derivatives
+from tf_prune.evaluation import Arrays
+from tf_prune.gradients import Derivatives
 from tf_prune.masks import Masks, masks_from_scores
 from tf_prune.schedules import SCHEDULES
 
