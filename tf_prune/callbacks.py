@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 from tf_prune.batches import Batches
 from tf_prune.criteria import SNIP, GraSP, Magnitude, Random
@@ -228,7 +229,7 @@ class FreezeSparsity(HoldMasks):
             return
         survey = find_prunable(self.model, self.filters, self.include)
         warn_of_unknown(self.model, survey)
-        masks = {path: keras.ops.convert_to_numpy(kernel) != 0 for path, kernel in survey.prunable.items()}
+        masks = {path: np.asarray(kernel) != 0 for path, kernel in survey.prunable.items()}
         if all(mask.all() for mask in masks.values()):
             raise ValueError(
                 "FreezeSparsity found no weight that is zero, so there is nothing to keep. Prune the model first, or "

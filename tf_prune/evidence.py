@@ -95,9 +95,10 @@ def check_masks_hold(model: keras.Model) -> None:
     broken = unmasked(model)
     if broken:
         raise ValueError(
-            f"The masks of {model.name!r} prune weights of {_few(broken)} that are not zero now: set_weights, "
-            "load_weights, or a step that was traced before the masks, wrote them. Call tf_prune.rewind(model, "
-            "model.get_weights()) to mask them again, or tf_prune.remove_masks(model) to have the dense network."
+            f"Pruned weights of {_few(broken)} in {model.name!r} are not zero: set_weights, load_weights, or a step "
+            "that was traced before the masks, wrote them. Mask them again by tf_prune.rewind(model, "
+            "model.get_weights()), or tf_prune.apply_masks(model, tf_prune.masks_of(model)); "
+            "tf_prune.remove_masks(model) makes it the dense network."
         )
 
 
@@ -201,7 +202,8 @@ def _told(
             if weights.ndim < 2 or not (weights.any() or pruned.all()):
                 vague[path] = ~pruned
             elif _is_by_chance(weights, pruned, variable.constraint):
-                doubtful.append(path)
+                if _scattered_zeros(weights).any():  # a channel that is zero as a whole was never random
+                    doubtful.append(path)
             else:
                 told[path] = ~pruned
     # Zeros of biases, and of kernels that are nothing but zeros, are pruned where those of others clearly are.

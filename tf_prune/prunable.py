@@ -64,6 +64,13 @@ def check_model(model: object) -> None:
             f"The model {model.name!r} has {what}, so what can be pruned is not known. Build it first: give it an "
             f"Input, {how if has_call(model) else 'and its sub-models, which its train_step calls, one as well'}."
         )
+    # Where Keras cannot tell the shape behind a layer, it leaves the rest of a Sequential without weights, in silence.
+    rest = [layer.name for layer in model.layers if not layer.built] if isinstance(model, keras.Sequential) else []
+    if rest:
+        raise ValueError(
+            f"Keras built only a part of {model.name!r}: {listed(rest)} have no weights yet. Call the model once on a "
+            "batch, or write compute_output_shape for your own layer before them."
+        )
 
 
 def layers_to_build(model: keras.Model) -> list[str]:
