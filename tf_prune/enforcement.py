@@ -9,6 +9,7 @@ The zero of a pruned weight is -0.0, and a kept weight is never -0.0. No random 
 alone, in whatever file they were, tell the mask that they had; files stay plain Keras files.
 """
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ class MaskConstraint(keras.constraints.Constraint):
         # A variable, because a compiler drops the addition of a constant 0, which is what turns -0.0 into 0.0.
         self._zero = keras.Variable("zeros", shape=(), dtype=variable.dtype, trainable=False, name="zero")
         self.models: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+        self._kept: Any = None  # while a step is traced, the mask as it was read for the gradients
+        self._is_added = False
 
     def __call__(self, value: Any) -> Any:
         """The constrained weights, as Keras asks for them after each update."""
@@ -52,14 +55,30 @@ class MaskConstraint(keras.constraints.Constraint):
         value = keras.ops.convert_to_tensor(value)
         # Of NumPy, because TensorFlow keeps Python's numbers by their value, and would give a 0.0 that it has.
         pruned = keras.ops.convert_to_tensor(np.array(-0.0), value.dtype)
-        return keras.ops.where(
-            keras.ops.cast(self.mask, "bool"), value + keras.ops.cast(self._zero, value.dtype), pruned
-        )
+        if not self._is_added or self.inner is not None:  # what was added to a kept weight left no -0.0
+            value = value + keras.ops.cast(self._zero, value.dtype)
+        return keras.ops.where(self._read(), value, pruned)
 
     def masked_gradient(self, gradient: Any) -> Any:
         """0 where the mask is `False`: the one place that sees the gradient of all weights in training."""
         gradient = keras.ops.convert_to_tensor(gradient)
-        return keras.ops.where(keras.ops.cast(self.mask, "bool"), gradient, keras.ops.zeros_like(gradient))
+        return keras.ops.where(self._read(), gradient, keras.ops.zeros((), gradient.dtype))
+
+    def _read(self) -> Any:
+        return keras.ops.cast(self.mask, "bool") if self._kept is None else self._kept
+
+    @contextlib.contextmanager
+    def in_step(self, is_added: bool) -> Iterator[None]:
+        """Reads the mask once for a step of the optimizer.
+
+        Args:
+            is_added: Whether the optimizer changes weights by sums alone. A sum of what is not -0.0 is none.
+        """
+        try:
+            self._kept, self._is_added = self._read(), is_added
+            yield
+        finally:
+            self._kept, self._is_added = None, False
 
 
 def mask_held(variable: Any) -> MaskConstraint | None:
@@ -85,6 +104,13 @@ def mask_remembered(layer: keras.Layer, name: str) -> MaskConstraint | None:
     return _remembered.get(layer, {}).get(name)
 
 
+# Optimizers of Keras that change weights by sums; the others, and those of one's own, may set them.
+_ADDING = frozenset(
+    value
+    for name, value in vars(keras.optimizers).items()
+    if isinstance(value, type) and name not in ("Ftrl", "ScheduleFreeAdamW", "LossScaleOptimizer", "MultiOptimizer")
+)
+
 # -- where a step begins and ends ---------------------------------------------------------------------
 
 
@@ -103,9 +129,11 @@ def _meet_steps() -> None:
     def masked_apply(self: Any, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         variables = getattr(self, "_trainable_variables", ()) if trainable_variables is None else trainable_variables
         variables = list(variables)
-        if len(variables) == len(grads) and any(map(mask_held, variables)):
-            grads = _masked_gradients(grads, variables)
-        apply(self, grads, trainable_variables if trainable_variables is None else variables)
+        with contextlib.ExitStack() as stack:
+            for constraint in filter(None, map(mask_held, variables)):
+                stack.enter_context(constraint.in_step(type(self) in _ADDING and not self.ema_overwrite_frequency))
+            grads = _masked_gradients(grads, variables) if len(variables) == len(grads) else grads
+            apply(self, grads, trainable_variables if trainable_variables is None else variables)
         _mask_averages(self)  # recorded before the constraint, of what an update like Muon's makes of all weights
 
     @functools.wraps(apply_gradients)
