@@ -104,12 +104,22 @@ def mask_remembered(layer: keras.Layer, name: str) -> MaskConstraint | None:
     return _remembered.get(layer, {}).get(name)
 
 
-# Optimizers of Keras that change weights by sums; the others, and those of one's own, may set them.
-_ADDING = frozenset(
-    value
-    for name, value in vars(keras.optimizers).items()
-    if isinstance(value, type) and name not in ("Ftrl", "ScheduleFreeAdamW", "LossScaleOptimizer", "MultiOptimizer")
+# Optimizers of Keras that change weights by sums; others set them, or may.
+_NAMES = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Nadam",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "Adafactor",
+    "Lamb",
+    "Lion",
+    "Muon",
 )
+_ADDING = tuple(getattr(keras.optimizers, name, None) for name in _NAMES)
 
 # -- where a step begins and ends ---------------------------------------------------------------------
 
