@@ -244,7 +244,7 @@ def test_a_copy_prunes_as_the_callback_itself(data, used_before):
     assert copied.data is data
 
 
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", ["snip", "force", "random"])
 @pytest.mark.filterwarnings("ignore:.*left no weight in")
 def test_a_pickled_callback_prunes_as_the_callback_itself(name):
     callback = CALLBACKS[name]()

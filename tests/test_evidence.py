@@ -382,7 +382,12 @@ def test_a_callback_that_is_used_again_prunes_what_was_frozen_the_first_time():
     callback = tf_prune.MagnitudePruning(0.5)
     fit(model, callbacks=[callback])
     assert np.count_nonzero(np.asarray(model.layers[0].kernel)) == 128
-    model.layers[0].trainable = True
+    report = callback.report
+    model.layers[1].kernel.trainable = False
+    model.compile("sgd", LOSS)
+    fit(model, callbacks=[callback])
+    assert callback.report is report  # nothing new
+    model.layers[0].trainable = model.layers[1].kernel.trainable = True
     model.compile("sgd", LOSS)
     fit(model, callbacks=[callback])
     assert zeros(model) == 0.5

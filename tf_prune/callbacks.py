@@ -17,7 +17,7 @@ from tf_prune.evidence import mask_again, masks_of, sparsity_of_model
 from tf_prune.examples import rows
 from tf_prune.masks import Masks
 from tf_prune.methods import FORCE, IterativeSNIP, Method, SynFlow
-from tf_prune.prunable import Filters, Include, find_prunable, has_call
+from tf_prune.prunable import Filters, Include, find_kernels, find_prunable, has_call
 from tf_prune.pruning import Pruner, PruningReport, Scope, warn_of_unknown
 from tf_prune.scopes import check_sparsity
 from tf_prune.structures import Structure
@@ -186,13 +186,13 @@ class PruneBeforeTraining(PruningCallback):
 
     def _prune_once(self) -> None:
         is_known = self._pruned is not None and self._pruned() is self.model
-        if is_known and self._paths == self._prunable():  # or layers were frozen then, and are no more
+        if is_known and self._trainable() <= self._paths:  # or layers were frozen then, and are no more
             return
         self.report = self._pruner().prune(self.sparsity, self.verbose)
-        self._pruned, self._paths = weakref.ref(self.model), self._prunable()
+        self._pruned, self._paths = weakref.ref(self.model), self._trainable()
 
-    def _prunable(self) -> set[str]:
-        return set(find_prunable(self.model, self.options["filters"], self.options["include"]).prunable)
+    def _trainable(self) -> set[str]:
+        return {path for path, v in find_kernels(self.model, self.options["include"]).items() if v.trainable}
 
 
 class FreezeSparsity(HoldMasks):

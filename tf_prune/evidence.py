@@ -1,5 +1,6 @@
 """What masks a model has: those that are attached, or those that its weights tell; and whether they hold."""
 
+import functools
 import math
 import warnings
 import weakref
@@ -141,19 +142,19 @@ def sparsity_of_model(model: keras.Model, masks: Mapping[str, np.ndarray]) -> tu
 
 def warn_of_unknown_zeros(model: keras.Model, variables: Mapping[str, keras.Variable], masks: Masks | None) -> None:
     """Says so, once, where much of these kernels is exactly zero and nothing says that it was pruned."""
-    if was_released(model):
+    if was_released(model) or not {"ambiguous", "unknown zeros"}.isdisjoint(_said.get(model, ())):
         return
     found, total = 0, 0
     for path, variable in variables.items():
         weights = np.asarray(variable)
         total += weights.size
-        zeros = _scattered_zeros(weights)
-        held = mask_held(variable)
-        if zeros.any():
-            constraint = variable.constraint if held is None else held.inner
-            zeros = zeros & (_constrained(weights, zeros, constraint) != 0)
-        found += int(np.count_nonzero(zeros if masks is None or path not in masks else zeros & masks[path]))
-    if found > 0.05 * total and "ambiguous" not in _said.get(model, ()):
+        unmasked = weights == 0 if masks is None or path not in masks else (weights == 0) & masks[path]
+        if unmasked.any():
+            held = mask_held(variable)
+            zeros = unmasked & _scattered_zeros(weights)
+            made = _constrained(weights, zeros, variable.constraint if held is None else held.inner)
+            found += int(np.count_nonzero(zeros & (made != 0)))
+    if found > 0.05 * total:
         _say(
             model,
             "unknown zeros",
@@ -169,7 +170,8 @@ def warn_of_unknown_zeros(model: keras.Model, variables: Mapping[str, keras.Vari
 def _attached(layer: keras.Layer | None, variable: keras.Variable) -> np.ndarray | None:
     """The mask that is attached, or was until `quantize` or another constraint took the place of what held it."""
     constraint = mask_held(variable)
-    if constraint is None and layer is not None:
+    is_kernel = keras.backend.is_float_dtype(variable.dtype) or is_quantized_kernel(layer, variable)
+    if constraint is None and layer is not None and is_kernel:
         constraint = mask_remembered(layer, variable.name)
         if constraint is not None and constraint.mask.shape != multiplied(layer, variable).shape:
             constraint = None
@@ -215,7 +217,7 @@ def _told(
 def _is_by_chance(weights: np.ndarray, pruned: np.ndarray, constraint: object) -> bool:
     """Whether the zeros may have their signs from what was there before: about as many of either sign.
 
-    A constraint that gives -0.0 for every negative weight, as `NonNeg` does, leaves none that is 0.0.
+    Or whether the user's constraint makes a -0.0 of every negative weight, as a product with `weight >= 0` does.
     """
     negative = int(np.count_nonzero(pruned))
     positive = int(np.count_nonzero(weights == 0)) - negative
@@ -225,9 +227,9 @@ def _is_by_chance(weights: np.ndarray, pruned: np.ndarray, constraint: object) -
 
 
 def _constrained(weights: np.ndarray, zeros: np.ndarray, constraint: object) -> np.ndarray:
-    """What the user's constraint makes of these weights if they were slightly negative where they are zero.
+    """The weights, slightly negative where they are zero, as the user's constraint leaves them.
 
-    All of them stay what they are not: 0, if it leaves the others alone, as it does once it was applied.
+    If it changes the others too, it was not what came last, and the zeros are not from it: it is left out then.
     """
     probe = np.where(zeros, np.asarray(-1e-3, weights.dtype), weights)
     if not callable(constraint):
@@ -239,12 +241,11 @@ def _constrained(weights: np.ndarray, zeros: np.ndarray, constraint: object) -> 
 def _scattered_zeros(weights: np.ndarray) -> np.ndarray:
     """Exact zeros in a kernel that is not zero along a whole axis there, and no initializer's pattern of one value."""
     zeros = weights == 0
-    if not zeros.any() or weights.ndim < 2 or np.unique(weights[~zeros]).size < 2:
+    others = weights[~zeros]
+    if weights.ndim < 2 or not others.size or others.size == weights.size or others.min() == others.max():
         return np.zeros(weights.shape, bool)
-    for axis in range(weights.ndim):
-        others = tuple(i for i in range(weights.ndim) if i != axis)
-        zeros = zeros & ~np.all(weights == 0, axis=others, keepdims=True)
-    return zeros
+    whole = [np.all(zeros, tuple({*range(weights.ndim)} - {axis}), keepdims=True) for axis in range(weights.ndim)]
+    return zeros & ~functools.reduce(np.logical_or, whole)
 
 
 def _is_matrix(layer: keras.Layer | None, variable: keras.Variable) -> bool:
