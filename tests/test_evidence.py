@@ -123,6 +123,10 @@ def test_zeros_of_an_average_are_said_before_they_are_pruned_a_second_time():
     average.set_weights([sum(weights) / 3 for weights in zip(*snapshots, strict=True)])
     with pytest.warns(UserWarning, match="exactly zero already.*from_zeros=True"):
         tf_prune.prune(average, "random", 0.75, verbose=0)
+    again = mlp()
+    again.set_weights([sum(weights) / 3 for weights in zip(*snapshots, strict=True)])
+    with pytest.warns(UserWarning, match="75% of the prunable weights"):  # before training fills them
+        fit(again, 2, callbacks=[tf_prune.GradualPruning("magnitude", tf_prune.Cubic(0.8))])
     other = mlp()
     other.set_weights([sum(weights) / 3 for weights in zip(*snapshots, strict=True)])
     tf_prune.apply_masks(other, tf_prune.masks_of(other, from_zeros=True))

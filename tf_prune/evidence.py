@@ -144,7 +144,7 @@ def warn_of_unknown_zeros(model: keras.Model, variables: Mapping[str, keras.Vari
     """Says so, once, where much of these kernels is exactly zero and nothing says that it was pruned."""
     if was_released(model) or not {"ambiguous", "unknown zeros"}.isdisjoint(_said.get(model, ())):
         return
-    found, total = 0, 0
+    found, zeros_in_all, total = 0, 0, 0
     for path, variable in variables.items():
         weights = np.asarray(variable)
         total += weights.size
@@ -154,11 +154,12 @@ def warn_of_unknown_zeros(model: keras.Model, variables: Mapping[str, keras.Vari
             zeros = unmasked & _scattered_zeros(weights)
             made = _constrained(weights, zeros, variable.constraint if held is None else held.inner)
             found += int(np.count_nonzero(zeros & (made != 0)))
+            zeros_in_all += int(np.count_nonzero(unmasked))
     if found > 0.05 * total:
         _say(
             model,
             "unknown zeros",
-            f"{found / total:.0%} of the prunable weights of {model.name!r} are exactly zero already, and nothing says "
+            f"{zeros_in_all / total:.0%} of the prunable weights of {model.name!r} are exactly zero already, and nothing says "
             "that they were pruned: an average of pruned weights, or another toolkit? Here they count as weights like "
             "the others. If they are to stay zero, call apply_masks(model, masks_of(model, from_zeros=True)) first.",
         )

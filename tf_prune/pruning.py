@@ -228,6 +228,7 @@ class Pruner:
         self.variables = {path: self._survey.prunable[path] for path in self._groups}
         self._derivatives = Derivatives(model, self.variables, loss, dropout)
         self.batches = Batches(data, batch_size, limit)
+        self._has_looked = False
 
     @property
     def num_batches(self) -> int | None:
@@ -245,15 +246,17 @@ class Pruner:
         return scores
 
     def check(self, sparsity: float) -> None:
-        """Raises if the structure removes more than this sparsity."""
+        """Raises if the structure removes more than this sparsity; looks once for zeros that nothing explains."""
         _check_least_sparsity(self._groups, sparsity, self._scope)
+        mask_again(self.model)
+        if not self._has_looked:
+            self._has_looked = True
+            warn_of_unknown_zeros(self.model, self.variables, _existing_masks(self.model, self._derivatives))
 
     def prune(self, sparsity: float, verbose: int = 0) -> PruningReport:
         """Prunes the model and attaches the masks, with those that other kernels had."""
         self.check(sparsity)
-        mask_again(self.model)
         existing = _existing_masks(self.model, self._derivatives)
-        warn_of_unknown_zeros(self.model, self.variables, existing)
         groups = self._groups
         if existing is not None:
             groups = {path: dataclasses.replace(group, alive=existing[path]) for path, group in groups.items()}
