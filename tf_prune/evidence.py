@@ -159,9 +159,10 @@ def warn_of_unknown_zeros(model: keras.Model, variables: Mapping[str, keras.Vari
         _say(
             model,
             "unknown zeros",
-            f"{zeros_in_all / total:.0%} of the prunable weights of {model.name!r} are exactly zero already, and nothing "
-            "says that they were pruned: an average of pruned weights, or another toolkit? Here they count as weights like "
-            "the others. If they are to stay zero, call apply_masks(model, masks_of(model, from_zeros=True)) first.",
+            f"{zeros_in_all / total:.0%} of the prunable weights of {model.name!r} are exactly zero already, and "
+            "nothing says that they were pruned: an average of pruned weights, or another toolkit? Here they count as "
+            "weights like the others. If they are to stay zero, call apply_masks(model, masks_of(model, "
+            "from_zeros=True)) first.",
         )
 
 
