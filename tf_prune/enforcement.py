@@ -120,6 +120,9 @@ _NAMES = (
     "Muon",
 )
 _ADDING = tuple(getattr(keras.optimizers, name, None) for name in _NAMES)
+# Where a row and a column have no gradient at all it divides 0 by 0, and all of the kernel becomes NaN.
+_DIVIDES_BY_GRADIENTS = keras.optimizers.Adafactor
+
 
 # -- where a step begins and ends ---------------------------------------------------------------------
 
@@ -142,7 +145,8 @@ def _meet_steps() -> None:
         with contextlib.ExitStack() as stack:
             for constraint in filter(None, map(mask_held, variables)):
                 stack.enter_context(constraint.in_step(type(self) in _ADDING and not self.ema_overwrite_frequency))
-            grads = _masked_gradients(grads, variables) if len(variables) == len(grads) else grads
+            if len(variables) == len(grads) and not isinstance(self, _DIVIDES_BY_GRADIENTS):
+                grads = _masked_gradients(grads, variables)
             apply(self, grads, trainable_variables if trainable_variables is None else variables)
         _mask_averages(self)  # recorded before the constraint, of what an update like Muon's makes of all weights
 
@@ -220,7 +224,8 @@ def apply_masks(model: keras.Model, masks: Mapping[str, np.ndarray]) -> None:
     were given none. Pruned weights become -0.0, from which `masks_of` knows them again after saving and loading.
 
     From the first mask on, all optimizers of Keras mask gradients so, in `fit` and in loops of one's own that call
-    `optimizer.apply` or `apply_gradients`. What a loop does with gradients before that, such as clipping, it does with
+    `optimizer.apply` or `apply_gradients`; but for `Adafactor`, which gives NaN where the gradients of a row and of a
+    column are 0, and so gets dense ones. What a loop does with gradients before that, such as clipping, it does with
     dense ones: use `mask_gradients` there.
 
     Args:
