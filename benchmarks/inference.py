@@ -31,8 +31,9 @@ from rich.table import Table
 import tf_prune
 from benchmarks import aarch64
 from experiments import common
-from tf_prune.conversion import convert, write_saved_model
+from tf_prune.conversion import convert
 from tf_prune.readiness import make_ready
+from tf_prune.saved_model import write_saved_model
 
 CASES = flags.DEFINE_string("cases", "", "Only rows whose names have this regular expression in them.")
 SECONDS = flags.DEFINE_float("seconds_a_case", 10.0, "About how long a row is measured.", lower_bound=0.0)

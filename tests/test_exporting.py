@@ -12,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 import tf_prune
 from tests import helpers
-from tf_prune import exporting, sources, sweep, tflite
+from tf_prune import candidates, exporting, sources, sweep, tflite
 
 
 def pruned(name="conv_bn", sparsity=0.7, method="snip"):
@@ -425,7 +425,7 @@ def test_a_saved_model_is_exported_by_its_signature(tmp_path):
     assert tf_prune.export(tmp_path / "saved", tmp_path / "out").inputs == "32 random examples"
     for options, message in (
         ({"signature": "third"}, r"has no signature 'third'\. It has: other, serving_default"),
-        ({"batch_size": 2}, r"batch_size= and sweep= need the Keras model"),
+        ({"batch_size": 2}, r"sweep= and tflite=False need the Keras model"),
         ({"data": (x[:, :5], x)}, r"data has inputs of shape \(5, 5\), the signature expects \(None, 6\)"),
         ({"dtype": "int8"}, r"dtype='int8' takes the ranges of activations from real inputs"),
     ):
@@ -515,18 +515,6 @@ def test_a_recurrent_layer_asks_for_a_batch_size(tmp_path):
     assert tf_prune.export(helpers.build("recurrent"), tmp_path / "out", batch_size=4).largest_difference < 1e-5
 
 
-def test_images_of_any_size_take_the_size_of_the_data(tmp_path):
-    model = keras.Sequential(
-        [keras.Input((None, None, 3)), keras.layers.Conv2D(4, 3), keras.layers.GlobalAveragePooling2D()]
-    )
-    with pytest.raises(ValueError, match="does not say of what shape its inputs are"):
-        tf_prune.export(model, tmp_path / "out")
-    report = tf_prune.export(model, tmp_path / "out", (np.random.rand(3, 9, 7, 3), np.zeros(3)))
-    assert report.largest_difference < 1e-5
-    (details,) = Interpreter(str(tmp_path / "out" / "model.tflite")).get_input_details()
-    assert tuple(details["shape_signature"][1:]) == (9, 7, 3)
-
-
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     def refusing(**_):
         raise PermissionError(13, "Permission denied")
@@ -598,7 +586,7 @@ def test_stateful_layers_and_strings_without_data_are_refused_in_words(tmp_path)
 
 
 def test_a_directory_that_cannot_be_made_is_refused_before_the_conversion(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "convert", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(candidates, "convert", lambda *_, **__: 1 / 0)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is a file"):
         tf_prune.export(helpers.build("mlp"), tmp_path / "file" / "new" / "out")

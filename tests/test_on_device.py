@@ -15,7 +15,8 @@ from absl.testing import flagsaver
 from ai_edge_litert.interpreter import Interpreter
 
 from benchmarks import aarch64, inference, on_device
-from tf_prune.conversion import convert, write_saved_model
+from tf_prune.conversion import convert
+from tf_prune.saved_model import write_saved_model
 
 # Of TensorFlow's own converter, when it calibrates int8.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*Warning. tf.lite.Interpreter is deprecated")

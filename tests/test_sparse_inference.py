@@ -6,7 +6,7 @@ from keras import layers
 import tf_prune
 from benchmarks import image_nets
 from tests import helpers
-from tf_prune import conversion, tflite
+from tf_prune import conversion, saved_model, tflite
 
 
 def prune_pointwise(model, sparsity=0.9):
@@ -40,7 +40,7 @@ def small(sparsity=0.0):
 
 def content(model, dtype="float32", encoding="sparse", folder=None):
     x = np.random.default_rng(0).standard_normal((8, *model.input_shape[1:])).astype("float32")
-    (name,) = conversion.write_saved_model(model, x, folder)
+    (name,) = saved_model.write_saved_model(model, x, folder)
     examples = [{name: example[None]} for example in x] if dtype == "int8" else None
     return conversion.convert(folder, dtype=dtype, encoding=encoding, representative=examples)
 

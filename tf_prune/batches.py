@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -18,7 +18,11 @@ from tf_prune.examples import Batch, as_batch, as_numpy, check_lengths, check_va
 _MOST_UNKNOWN = 200
 
 
-def inputs_like(model: keras.Model, fill: Callable[[tuple[int, ...], str], np.ndarray]) -> Any:
+def inputs_like(
+    model: keras.Model,
+    fill: Callable[[tuple[int, ...], str], np.ndarray],
+    shapes: Sequence[tuple[int, ...]] | None = None,
+) -> Any:
     """Inputs of the structure and shapes that the model says; `None` if they cannot be made up.
 
     That is so if it does not say them (subclassed, or of any size), or takes strings.
@@ -26,11 +30,13 @@ def inputs_like(model: keras.Model, fill: Callable[[tuple[int, ...], str], np.nd
     Args:
         model: A built `keras.Model`.
         fill: Makes an array of a shape, without the batch's axis, and a dtype.
+        shapes: Of an example of each input, where the model leaves sizes open.
     """
     inputs = getattr(model, "inputs", None)
-    if not inputs or any(None in tensor.shape[1:] or tensor.dtype == "string" for tensor in inputs):
+    shapes = shapes or [tuple(tensor.shape[1:]) for tensor in inputs or ()]
+    if not inputs or any(None in shape for shape in shapes) or any(tensor.dtype == "string" for tensor in inputs):
         return None
-    arrays = [fill(tuple(tensor.shape[1:]), tensor.dtype) for tensor in inputs]
+    arrays = [fill(shape, tensor.dtype) for shape, tensor in zip(shapes, inputs, strict=True)]
     structure = getattr(model, "input", None)  # a Sequential model has none
     return arrays[0] if structure is None else keras.tree.pack_sequence_as(structure, arrays)
 

@@ -1,4 +1,4 @@
-"""A Keras model -> a SavedModel -> the bytes of a TF-Lite file. The only calls of TensorFlow's converter."""
+"""A SavedModel -> the bytes of a TF-Lite file. The only calls of TensorFlow's converter."""
 
 import re
 import warnings
@@ -6,16 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_prune.precision import computing_in
+from tf_prune.saved_model import SERVED, check_is_saved_model, signature_names
 
 ENCODINGS = ("dense", "sparse")
 DTYPES = ("float32", "float16", "dynamic_int8", "int8")
-_EXPORTED = "serving_default"
-_FIXED_BATCH = "fixed_batch"
 
 
 # Of layers that Keras has quantized.
@@ -29,79 +26,13 @@ class ConversionError(ValueError):
     """TensorFlow's converter cannot make a TF-Lite file of this model."""
 
 
-def write_saved_model(model: keras.Model, examples: Any, directory: Path, batch_size: int | None = None) -> list[str]:
-    """Writes the plain model, each variable once, to serve under `serving_default` for batches of any size.
-
-    It computes in float32, in whatever the model does: TF-Lite has few kernels for other floats. A batch size that the
-    model itself fixes stays.
-
-    Args:
-        model: A built `keras.Model`.
-        examples: Inputs of the shapes and dtypes to serve, in the structure that the model takes.
-        directory: The SavedModel.
-        batch_size: Adds a second signature of just this batch size, the one that `convert` then takes.
-
-    Returns:
-        The names of the inputs, in the order of the flattened examples.
-    """
-    leaves = keras.tree.flatten(examples)
-    names = [tensor.name for tensor in getattr(model, "inputs", None) or []]
-    if len(set(names)) != len(leaves) or not all(name.isidentifier() for name in names):
-        names = [f"input_{i}" for i in range(len(leaves))]
-
-    def signature(size: int | None) -> list[Any]:
-        specs = [
-            tf.TensorSpec((size, *leaf.shape[1:]), tf.as_dtype(leaf.dtype), name)
-            for name, leaf in zip(names, leaves, strict=True)
-        ]
-        return [keras.tree.pack_sequence_as(examples, specs)]
-
-    # An endpoint alone tracks the variables that it uses, once; Keras's own model.export writes each twice.
-    archive = keras.export.ExportArchive()
-
-    def serve(inputs: Any) -> Any:
-        return model(inputs, training=False)
-
-    with computing_in(model, "float32"):
-        archive.add_endpoint("serve", serve, input_signature=signature(batch_size_of(model)))
-        if batch_size is not None:
-            archive.add_endpoint(_FIXED_BATCH, lambda inputs: serve(inputs), input_signature=signature(batch_size))
-        archive.write_out(str(directory), verbose=False)
-    return names
-
-
-def batch_size_of(model: keras.Model) -> int | None:
-    """The batch size that the model's inputs fix; mostly none."""
-    return next((tensor.shape[0] for tensor in getattr(model, "inputs", None) or []), None)
-
-
-def signatures_of(saved_model: Path) -> dict[str, Any]:
-    """The functions that a SavedModel serves, by name.
-
-    Raises:
-        ValueError: If the folder is no SavedModel.
-    """
-    _check_is_saved_model(saved_model)
-    loaded = tf.saved_model.load(str(saved_model))
-    # A signature works as long as what it was loaded with lives.
-    functions = dict(loaded.signatures)
-    for function in functions.values():
-        function.kept_alive_by_tf_prune = loaded
-    return functions
-
-
-def has_trained_ranges(saved_model: Path) -> bool:
-    """Whether quantization-aware training has put its ranges into a SavedModel."""
-    return b"FakeQuantWithMinMaxVars" in (saved_model / "saved_model.pb").read_bytes()
-
-
 def convert(
     saved_model: Path,
     *,
     dtype: str = "float32",
     encoding: str = "dense",
     representative: Iterable[Mapping[str, np.ndarray]] | None = None,
-    signature: str = _EXPORTED,
+    signature: str = SERVED,
     flex: bool = False,
 ) -> bytes:
     """The TF-Lite file of a SavedModel's signature.
@@ -113,18 +44,16 @@ def convert(
         encoding: `"dense"`, or `"sparse"` for tensors with at least 30 % zeros.
         representative: Real inputs by name, one example each: they give the ranges of `"int8"`. `None` where
             quantization-aware training has given them.
-        signature: Which of the SavedModel's; the one of a fixed batch size is taken in the place of `serving_default`.
+        signature: Which of the SavedModel's.
         flex: Lets TensorFlow's own operators stand in the file where TF-Lite has none.
 
     Raises:
         ConversionError: If the converter refuses; names the operators that TF-Lite does not have.
     """
-    _check_is_saved_model(saved_model)
-    present = _signature_names(saved_model)
+    check_is_saved_model(saved_model)
+    present = signature_names(saved_model)
     if signature not in present:
         raise ValueError(f"The SavedModel has no signature {signature!r}. It has: {', '.join(sorted(present))}.")
-    if signature == _EXPORTED and _FIXED_BATCH in present:
-        signature = _FIXED_BATCH
     converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=[signature])
     converter.optimizations = [] if dtype == "float32" else [tf.lite.Optimize.DEFAULT]
     if encoding == "sparse":
@@ -153,19 +82,6 @@ def flex_interpreter(**arguments: Any) -> Any:
         # Deprecated for ai-edge-litert.
         warnings.simplefilter("ignore")
         return tf.lite.Interpreter(**arguments)
-
-
-def _check_is_saved_model(folder: Path) -> None:
-    if not (folder / "saved_model.pb").is_file():
-        raise ValueError(f"Expected a SavedModel, a folder with saved_model.pb in it; got {folder}.")
-
-
-def _signature_names(saved_model: Path) -> set[str]:
-    from tensorflow.core.protobuf import saved_model_pb2
-
-    content = saved_model_pb2.SavedModel()
-    content.ParseFromString((saved_model / "saved_model.pb").read_bytes())
-    return {name for graph in content.meta_graphs for name in graph.signature_def if not name.startswith("__")}
 
 
 def _why(message: str, dtype: str) -> str:

@@ -37,46 +37,53 @@ class ExportReport:
     Attributes:
         directory: Where `saved_model/`, `model.tflite`, `report.json` and `report.md` are.
         dtype: Of `model.tflite`, as in `export`.
-        encoding: Of `model.tflite`, `"dense"` or `"sparse"`.
+        encoding: Of `model.tflite`, `"dense"` or `"sparse"`; `None` if the SavedModel was written alone.
         bytes: File sizes by encoding, e.g. `bytes["sparse"]["gzip"]`; and of the SavedModel.
         layers: Zeros of each kernel, before and after conversion.
         inputs: What the models were compared on.
+        shapes: What the file takes, one an input, `None` where a size is open.
         largest_difference: Of any output, absolute, between the model and the file; `None` if it could not be run.
         agreement: Fraction of examples with the same largest output; `None` where an output is a single number.
         refused: Why an encoding could not be kept, though it is smaller: LiteRT does not run it, or not rightly.
         machine: Where latencies were measured, e.g. `"x86_64"`.
         points: Size and latency at this sparsity and at those of the sweep.
         explanations: What each target makes of the sparsity.
+        notes: What was not asked for and had to be done otherwise, a sentence each.
     """
 
     directory: str
     dtype: str
-    encoding: str
+    encoding: str | None
     bytes: dict[str, dict[str, int]]
     layers: tuple[LayerSparsity, ...]
     inputs: str
+    shapes: tuple[tuple[int | None, ...], ...]
     largest_difference: float | None
     agreement: float | None
     refused: dict[str, str]
     machine: str
     points: tuple[Point, ...]
     explanations: tuple[Explanation, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
-        """Fraction of exact zeros among the weights of the kernels that are found in the file."""
-        found = [row for row in self.layers if row.tflite_sparsity is not None]
+        """Fraction of exact zeros among the weights of the kernels, of those that are found in the TF-Lite file."""
+        found = self._found()
         total = sum(row.num_weights for row in found)
         return sum(row.sparsity * row.num_weights for row in found) / total if total else 0.0
 
     @property
     def headline(self) -> str:
         """The sparsity, and of what it is."""
-        found = [row for row in self.layers if row.tflite_sparsity is not None]
+        found = self._found()
         size = sum(row.num_weights for row in found)
         text = f"{self.sparsity:.2%} of the {size:,} weights of {len(found)} kernels are zero"
         missing = len(self.layers) - len(found)
         return text + (f"; {missing} kernels were not found in the file, and do not count" if missing else "")
+
+    def _found(self) -> list[LayerSparsity]:
+        return [row for row in self.layers if self.encoding is None or row.tflite_sparsity is not None]
 
     @property
     def latency(self) -> dict[str, float]:
@@ -116,6 +123,8 @@ class ExportReport:
             console.print(table)
             console.print(sizes)
             console.print(self._parity())
+            for note in self.notes:
+                console.print(note)
             for name, reason in self.refused.items():
                 console.print(f"The {name} encoding cannot be used: {reason}")
             for explanation in self.explanations:
@@ -128,16 +137,14 @@ class ExportReport:
         Args:
             picture: The plot's file name, to be shown on the page.
         """
-        kind = f"{self.dtype}, {self.encoding} encoding"
+        kind = f"`model.tflite` is {self.dtype}, {self.encoding} encoding, and takes {self._takes()}"
         lines = [
             f"# {Path(self.directory).name}",
             "",
-            f"{self.headline}. `model.tflite` is {kind}. " + self._parity(),
+            f"{self.headline}. {kind if self.encoding else f'The SavedModel takes {self._takes()}'}. " + self._parity(),
+            *(line for note in self.notes for line in ("", note)),
             "",
-            "## Is it faster?",
-            "",
-            *(f"- {explanation.verdict}" for explanation in self.explanations),
-            "",
+            *self._verdicts(),
             "## Size and latency",
             "",
             f"| file | bytes | gzipped | ms on this {self.machine}, 1 thread |",
@@ -146,15 +153,22 @@ class ExportReport:
         ]
         if picture:
             lines += ["", f"![Size and latency against sparsity]({picture})"]
-        lines += ["", "## What is in the way", ""]
-        lines += [f"- The {name} encoding cannot be used: {reason}" for name, reason in self.refused.items()]
-        lines += [*self._obstacle_lines(), "", "## Kernels", ""]
+        if self.explanations:
+            lines += ["", "## What is in the way", ""]
+            lines += [f"- The {name} encoding cannot be used: {reason}" for name, reason in self.refused.items()]
+            lines += self._obstacle_lines()
+        lines += ["", "## Kernels", ""]
         lines += ["| kernel | weights | sparsity | in the file |", "|---|---:|---:|---:|"]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in self.layers[:_KERNELS_ON_A_PAGE]]
         more = len(self.layers) - _KERNELS_ON_A_PAGE
         if more > 0:
             lines.append(f"| and {more} more, in report.json | | | |")
         return "\n".join(lines) + "\n"
+
+    def _verdicts(self) -> list[str]:
+        if not self.explanations:
+            return []
+        return ["## Is it faster?", "", *(f"- {explanation.verdict}" for explanation in self.explanations), ""]
 
     def _obstacle_lines(self) -> list[str]:
         lines = []
@@ -168,8 +182,13 @@ class ExportReport:
     def _parity(self) -> str:
         if self.largest_difference is None:
             return "Not compared with the model: the runtime here has no Flex delegate. Compare them on the device."
+        runtime = "LiteRT" if self.encoding else "the SavedModel"
         agreement = "" if self.agreement is None else f", the same prediction for {self.agreement:.2%}"
-        return f"The model and LiteRT on {self.inputs}: largest difference {self.largest_difference:.2g}{agreement}."
+        return f"The model and {runtime} on {self.inputs}: largest difference {self.largest_difference:.2g}{agreement}."
+
+    def _takes(self) -> str:
+        """Shapes, in words."""
+        return " and ".join("(" + ", ".join("any" if n is None else str(n) for n in s) + ")" for s in self.shapes)
 
     def _size_rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []

@@ -1,44 +1,30 @@
 """Where a model leaves: clean SavedModel -> TF-Lite, dense and sparse -> parity check -> report."""
 
 import contextlib
+import functools
 import gzip
-import itertools
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from tf_prune.batches import Batches
-from tf_prune.conversion import DTYPES, ENCODINGS, convert
-from tf_prune.export_report import ExportReport, Point, draw_sizes
-from tf_prune.parity import (
-    TOLERANCES,
-    Arrays,
-    ExportError,
-    LiteRTModel,
-    Parity,
-    check_installed,
-    compare,
-    latencies,
-    load_runnable,
-)
+from tf_prune.candidates import Candidates, Source, Wanted, candidates, sizes_at
+from tf_prune.conversion import DTYPES, ENCODINGS
+from tf_prune.export_report import ExportReport, draw_sizes
+from tf_prune.parity import TOLERANCES, Parity, check_installed, compare
 from tf_prune.prunable import check_model
+from tf_prune.saved_model import SERVED, call_signature, signatures_of
 from tf_prune.scopes import check_sparsity
 from tf_prune.sources import KerasSource, SavedModelSource
-from tf_prune.sparse_inference import TARGETS, explain_graphs, why_wrong
-from tf_prune.sweep import at_sparsity
+from tf_prune.sparse_inference import TARGETS, explain_graphs
 from tf_prune.tflite import read
-from tf_prune.zeros import zeros_in_file
-
-_SIGNATURE = "serving_default"
-# As many as TensorFlow's guides take; each is run once.
-_NUM_REPRESENTATIVE = 200
-_NO_FLEX = "Select TensorFlow op(s)"
+from tf_prune.zeros import LayerSparsity, zeros_in_file
 
 
 def export(
@@ -49,31 +35,40 @@ def export(
     dtype: str = "float32",
     encoding: str | None = None,
     batch_size: int | None = None,
-    signature: str = _SIGNATURE,
+    input_shape: Any = None,
+    num_batches: int | None = None,
+    tflite: bool = True,
+    signature: str = SERVED,
     sweep: Sequence[float] = (),
     tolerance: float | None = None,
     flex: bool = False,
 ) -> ExportReport:
     """Writes `saved_model/`, `model.tflite` and a report, after checking that they do what the model does.
 
-    The SavedModel holds the plain model, each variable once: no mask, no optimizer, pruned weights exactly zero. The
-    TF-Lite file is made from it twice, with plain and with sparse tensors, and the smaller one is kept. It is run with
-    LiteRT, and its outputs are compared with the model's; its zeros are counted, and each target's verdict on them is
-    in the report (`tf_prune.explain`). The model itself is not changed. One that computes in float16 or bfloat16 is
-    served and compared in float32.
+    The SavedModel holds the plain model, each variable once: no mask, no optimizer, pruned weights exactly zero. Every
+    size that the model leaves open is open in it. The TF-Lite file is made of the same twice, with plain and with
+    sparse tensors, and the smaller one is kept. Both are run, and their outputs are compared with the model's, at other
+    sizes too where sizes are open; zeros are counted, and each target's verdict on them is in the report
+    (`tf_prune.explain`). The model itself is not changed. One that computes in float16 or bfloat16 is served and
+    compared in float32.
 
     Args:
         model: A built `keras.Model`, pruned or not; or the path of a SavedModel, for example of one that was trained
             aware of quantization.
         directory: Where to write; made if needed. Files of an earlier export there are replaced.
-        data: Real inputs to compare on, an `(x, y)` batch or an iterable of them (y is not used); of a SavedModel with
-            several inputs, x is a dict of its names. `None` takes 32 standard normal examples, or as many as the
-            model's inputs fix. `"int8"` takes its ranges from the first 200 examples.
+        data: Real inputs to compare on, an `(x, y)` batch, x alone, or an iterable of them (y is not used); of a
+            SavedModel with several inputs, x is a dict of its names. A generator is read once, and kept. `None` takes
+            32 standard normal examples, or as many as the model's inputs fix. `"int8"` takes its ranges from the first
+            200 examples.
         dtype: Of the weights in the TF-Lite file: `"float32"`, `"float16"`, `"dynamic_int8"`; or `"int8"` for all,
             activations, inputs and outputs too.
         encoding: `"dense"` or `"sparse"`; `None` keeps the smaller file. Microcontrollers need `"dense"`.
-        batch_size: Fixes the TF-Lite file's; `None` leaves it open. The SavedModel serves batches of any size, unless
-            the model's own inputs fix it.
+        batch_size: Fixes the TF-Lite file's; `None` leaves it open, which recurrent layers cannot.
+        input_shape: Fixes all other sizes that the TF-Lite file takes, as delegates and browsers need it: the shape of
+            one example, `(96, 96, 3)`, or a structure of shapes like that of the inputs. `"int8"` fixes them to the
+            data's.
+        num_batches: So many batches are read of the data, once, and kept; endless data needs it.
+        tflite: `False` writes the SavedModel alone, for servers: TF-Lite has no strings, and not every operator.
         signature: Which of a SavedModel's signatures is exported.
         sweep: Sparsities to measure size and latency at, too, for the report's plot: the kernels' smallest weights
             are zeroed for it, in the pattern they have, and come back afterwards. A Keras model only.
@@ -97,116 +92,121 @@ def export(
         report = tf_prune.export(model, "saved_models/lenet", data=(x_test, y_test))
         print(report)
     """
-    _check_options(model, dtype, encoding, batch_size, sweep)
-    directory = Path(directory)
-    batches = Batches(data)
-    source = (
-        KerasSource(model, batches)
+    wanted = Wanted(dtype, encoding, batch_size, input_shape is not None, signature, tolerance, flex)
+    _check_options(model, wanted, input_shape, tflite, sweep)
+    directory, batches = Path(directory), _read_once(data, num_batches)
+    source: Source = (
+        KerasSource(model, batches, input_shape)
         if isinstance(model, keras.Model)
         else SavedModelSource(Path(model), signature, batches)
     )
-    check_installed()
+    if dtype == "int8" and not batches.given and not source.has_trained_ranges:
+        raise ValueError(
+            "dtype='int8' takes the ranges of activations from real inputs. Pass data=(x, y) with some hundred "
+            "examples as the model will see them; or train aware of quantization (tf_prune.tfmot)."
+        )
+    if tflite:
+        check_installed()
     with _folder_in(directory) as work:
-
-        def files_of(saved_model: Path) -> dict[str, bytes]:
-            source.write(saved_model, batch_size)
-            return {
-                name: convert(
-                    saved_model,
-                    dtype=dtype,
-                    encoding=name,
-                    representative=_representative(source, batches, dtype),
-                    signature=signature,
-                    flex=flex,
-                )
-                for name in ENCODINGS
-            }
-
-        files = files_of(work / "saved_model")
-        one = {name: array[:1] for name, array in next(source.inputs()).items()}
-        allowed = TOLERANCES[dtype] if tolerance is None else tolerance
-        models, refused = _usable(files, one, flex)
-        kept, parity = _first_that_agrees(
-            [encoding] if encoding else sorted(files, key=lambda name: len(files[name])),
-            models,
-            refused,
-            source,
-            allowed,
-        )
-        archive = b"".join(file.read_bytes() for file in sorted(work.rglob("*")) if file.is_file())
-        layers = zeros_in_file(source.kernels, files[kept])
-        graphs = read(files[kept])
-        report = ExportReport(
-            directory=str(directory),
-            dtype=dtype,
-            encoding=kept,
-            bytes={name: _sizes(content) for name, content in [*files.items(), ("SavedModel", archive)]},
-            layers=layers,
-            inputs=f"{parity.count:,} {'given' if batches.given else 'random'} examples",
-            largest_difference=parity.largest_difference,
-            agreement=parity.agreement,
-            machine=platform.machine(),
-            refused=refused,
-            points=_points([(_sparsity(source.kernels), files), *_sweep(source, sweep, files_of)], one, flex),
-            explanations=tuple(explain_graphs(graphs, target, source.layers) for target in TARGETS),
-        )
-        (work / "model.tflite").write_bytes(files[kept])
+        source.write(work / "saved_model")
+        served = _compared_as_served(source, work / "saved_model", wanted, whole=not tflite)
+        made = candidates(source, work / "saved_model", wanted) if tflite else None
+        report = _report(directory, work, batches, source, wanted, made, served, sweep)
+        if made is not None:
+            (work / "model.tflite").write_bytes(made.files[made.kept])
         report.save(work / "report.json")
-        drawn = draw_sizes(work / "report.png", report)
+        drawn = draw_sizes(work / "report.png", report) if report.points else False
         (work / "report.md").write_text(report.to_markdown("report.png" if drawn else None))
         _move_into(work, directory)
+    for note in report.notes:
+        warnings.warn(note, stacklevel=2)
     return report
 
 
-def _usable(files: dict[str, bytes], one: Arrays, flex: bool) -> tuple[dict[str, LiteRTModel], dict[str, str]]:
-    """The files that LiteRT runs, and why not the others. What is known to be wrong is not tried: it may crash."""
-    wrong = {name: why for name, content in files.items() if (why := why_wrong(read(content))) is not None}
-    models, refused = load_runnable({name: files[name] for name in files if name not in wrong}, one, flex)
-    return models, {**wrong, **refused}
+def _report(
+    directory: Path,
+    work: Path,
+    batches: Batches,
+    source: Source,
+    wanted: Wanted,
+    made: Candidates | None,
+    served: Parity,
+    sweep: Sequence[float],
+) -> ExportReport:
+    content = None if made is None else made.files[made.kept]
+    graphs = () if content is None else read(content)
+    archive = b"".join(file.read_bytes() for file in sorted((work / "saved_model").rglob("*")) if file.is_file())
+    parity = served if made is None else made.parity
+    points: tuple[Any, ...] = ()
+    if made is not None:
+        one = {name: array[:1] for name, array in next(source.inputs(list(made.shapes))).items()}
+        points = sizes_at(source, wanted, made, sweep, one)
+    return ExportReport(
+        directory=str(directory),
+        dtype=wanted.dtype,
+        encoding=None if made is None else made.kept,
+        bytes={name: _sizes(file) for name, file in [*(made.files if made else {}).items(), ("SavedModel", archive)]},
+        layers=zeros_in_file(source.kernels, content) if content else _zeros(source),
+        inputs=f"{parity.count:,} {'given' if batches.given else 'random'} examples",
+        shapes=tuple(source.shapes if made is None else made.shapes),
+        largest_difference=parity.largest_difference,
+        agreement=parity.agreement,
+        machine=platform.machine(),
+        refused={} if made is None else made.refused,
+        points=points,
+        explanations=tuple(explain_graphs(graphs, target, source.layers) for target in TARGETS if graphs),
+        notes=() if made is None else made.notes,
+    )
 
 
-def _first_that_agrees(
-    encodings: list[str], models: dict[str, LiteRTModel], refused: dict[str, str], source: Any, tolerance: float
-) -> tuple[str, Parity]:
-    """The first encoding that LiteRT runs and whose outputs are the model's. What was wrong with others is noted.
-
-    XNNPACK mistakes some int8 weights with a sparse encoding; then the plain encoding is what can be used. A file with
-    operators of TensorFlow cannot be compared where the runtime has no Flex delegate, as in TensorFlow 2.21.
-    """
-    name, *others = encodings
-    if _NO_FLEX in refused.get(name, ""):
-        for unknown in [key for key, reason in refused.items() if _NO_FLEX in reason]:
-            del refused[unknown]
-        return name, Parity(0, None, None)
-    try:
-        if name in refused:
-            raise ExportError(f"The {name} encoding cannot be used. {refused[name]} Nothing was written.")
-        return name, compare(source.outputs, models[name].outputs, source.inputs(), tolerance)
-    except ExportError as error:
-        if not others:
-            raise
-        refused[name] = str(error).replace(" Nothing was written.", "")
-        models.pop(name, None)
-    return _first_that_agrees(others, models, refused, source, tolerance)
+def _zeros(source: Source) -> tuple[LayerSparsity, ...]:
+    return tuple(LayerSparsity(p, k.size, float((k == 0).mean()), None) for p, k in source.kernels.items())
 
 
-def _check_options(model: Any, dtype: str, encoding: str | None, batch_size: Any, sweep: Sequence[float]) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}. Expected one of {', '.join(DTYPES)}.")
-    if encoding not in (None, *ENCODINGS):
-        raise ValueError(f"Unknown encoding {encoding!r}. Expected 'dense', 'sparse', or None for the smaller file.")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be a positive integer, or None for any; got {batch_size!r}.")
+def _read_once(data: Any, num_batches: int | None) -> Batches:
+    """The data; in memory if it can be read only once, or so many batches of it are asked for."""
+    batches = Batches(data)
+    if num_batches is not None and batches.given:
+        return Batches(list(batches.take(num_batches)))
+    return Batches(list(batches)) if batches.once_only else batches
+
+
+def _compared_as_served(source: Source, folder: Path, wanted: Wanted, whole: bool) -> Parity:
+    """How what the SavedModel serves compares with the model: on a batch or the whole data, and at other sizes."""
+    if isinstance(source, SavedModelSource):
+        return Parity(0, None, None)
+    serve = functools.partial(call_signature, signatures_of(folder)[SERVED])
+    allowed = max(TOLERANCES["float32"], wanted.tolerance or 0.0)
+    for inputs in source.at_other_sizes(source.shapes):
+        compare(source.outputs, serve, [inputs], allowed)
+    return compare(source.outputs, serve, source.inputs() if whole else [next(source.inputs())], allowed)
+
+
+def _check_options(model: Any, wanted: Wanted, input_shape: Any, tflite: bool, sweep: Sequence[float]) -> None:
+    if wanted.dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {wanted.dtype!r}. Expected one of {', '.join(DTYPES)}.")
+    if wanted.encoding not in (None, *ENCODINGS):
+        raise ValueError(
+            f"Unknown encoding {wanted.encoding!r}. Expected 'dense', 'sparse', or None for the smaller file."
+        )
+    size = wanted.batch_size
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"batch_size must be a positive integer, or None for any; got {size!r}.")
     for sparsity in sweep:
         check_sparsity(sparsity)
     if not isinstance(model, keras.Model):
         if not isinstance(model, (str, os.PathLike)):
             check_model(model)
-        if batch_size is not None or sweep:
+        if size is not None or sweep or input_shape is not None or not tflite:
             raise ValueError(
-                "batch_size= and sweep= need the Keras model: a SavedModel's signature fixes its batch size, and its "
-                "weights are not changed. Pass the model, or leave them out."
+                "batch_size=, input_shape=, sweep= and tflite=False need the Keras model: a SavedModel's signature "
+                "fixes its sizes, and its weights are not changed. Pass the model, or leave them out."
             )
+    if not tflite and (wanted != Wanted(tolerance=wanted.tolerance) or sweep):
+        raise ValueError(
+            "tflite=False writes the SavedModel alone, in float32 and open in every size; dtype=, encoding=, "
+            "batch_size=, input_shape=, sweep= and flex= are of the TF-Lite file. Leave them out."
+        )
 
 
 @contextlib.contextmanager
@@ -238,50 +238,6 @@ def _temporary_in(directory: Path) -> Iterator[Path]:
         raise type(error)(f"Cannot write into {directory}: {error.strerror}. Choose another directory.") from error
     with temporary as name:
         yield Path(name)
-
-
-def _representative(source: Any, batches: Batches, dtype: str) -> list[dict[str, np.ndarray]] | None:
-    """Single examples that give int8 its ranges; `None` where it needs none."""
-    if dtype != "int8" or (isinstance(source, SavedModelSource) and source.has_trained_ranges):
-        return None
-    if not batches.given:
-        raise ValueError(
-            "dtype='int8' takes the ranges of activations from real inputs. Pass data=(x, y) with some hundred "
-            "examples as the model will see them; or train aware of quantization (tf_prune.tfmot)."
-        )
-    ones = (
-        {name: array[i : i + 1] for name, array in inputs.items()}
-        for inputs in source.inputs()
-        for i in range(len(next(iter(inputs.values()))))
-    )
-    return list(itertools.islice(ones, _NUM_REPRESENTATIVE))
-
-
-def _sparsity(kernels: dict[str, np.ndarray]) -> float:
-    total = sum(kernel.size for kernel in kernels.values())
-    return sum(int((kernel == 0).sum()) for kernel in kernels.values()) / total if total else 0.0
-
-
-def _sweep(
-    source: Any, sparsities: Sequence[float], files_of: Callable[[Path], dict[str, bytes]]
-) -> Iterator[tuple[float, dict[str, bytes]]]:
-    """The files with other fractions of zeros."""
-    for sparsity in sparsities:
-        with at_sparsity(source.variables, sparsity), tempfile.TemporaryDirectory() as folder:
-            files = files_of(Path(folder) / "saved_model")
-            actual = _sparsity(source.kernels)
-        yield actual, files
-
-
-def _points(swept: list[tuple[float, dict[str, bytes]]], one: Arrays, flex: bool) -> tuple[Point, ...]:
-    """Size and latency of all files; their latencies are measured in turn, so that a drift falls on all alike."""
-    runnable = {(i, name): m for i, (_, files) in enumerate(swept) for name, m in _usable(files, one, flex)[0].items()}
-    times = latencies(runnable, one)
-    return tuple(
-        Point(sparsity, name, len(content), times.get((i, name)))
-        for i, (sparsity, files) in enumerate(swept)
-        for name, content in files.items()
-    )
 
 
 def _sizes(content: bytes) -> dict[str, int]:

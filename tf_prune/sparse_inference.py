@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tf_prune.batches import inputs_like, why_no_inputs
-from tf_prune.conversion import NOT_IN_TFLITE, convert, write_saved_model
+from tf_prune.conversion import NOT_IN_TFLITE, convert
 from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
 from tf_prune.prunable import check_call, check_model
+from tf_prune.saved_model import write_saved_model
 from tf_prune.tflite import Graph, Operator, Tensor, read
 from tf_prune.xnnpack import Chain, find_chain
 
@@ -223,7 +224,8 @@ def _content(model: Any) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         # As `export` does it, unless recurrent layers need a fixed size.
         recurrent = any(isinstance(layer, keras.layers.RNN) for layer in model._flatten_layers())
-        write_saved_model(model, examples, Path(folder), batch_size=1 if recurrent else None)
+        shapes = [(1, *leaf.shape[1:]) for leaf in keras.tree.flatten(examples)] if recurrent else None
+        write_saved_model(model, examples, Path(folder), shapes)
         return convert(Path(folder), encoding="sparse")
 
 
