@@ -91,7 +91,7 @@ def candidates(source: Source, saved_model: Path, wanted: Wanted) -> Candidates:
         with contextlib.suppress(ConversionError, ExportError):
             found = _of_shapes(source, saved_model, wanted, fixed)
             sizes = ", ".join(str(shape[1:]) for shape in fixed)
-            note = f"The TF-Lite file takes examples of shape {sizes} alone. With open sizes it would be wrong: {error}"
+            note = f"The TF-Lite file takes examples of shape {sizes} alone. With open sizes: {error}"
             return dataclasses.replace(found, notes=(note.replace(" Nothing was written.", ""),))
         raise
 

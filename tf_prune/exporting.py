@@ -17,7 +17,7 @@ from tf_prune.batches import Batches
 from tf_prune.candidates import Candidates, Source, Wanted, candidates, sizes_at
 from tf_prune.conversion import DTYPES, ENCODINGS
 from tf_prune.export_report import ExportReport, draw_sizes
-from tf_prune.parity import TOLERANCES, Parity, check_installed, compare
+from tf_prune.parity import TOLERANCES, ExportError, Parity, check_installed, compare
 from tf_prune.prunable import check_model
 from tf_prune.saved_model import SERVED, call_signature, signatures_of
 from tf_prune.scopes import check_sparsity
@@ -155,7 +155,7 @@ def _report(
         refused={} if made is None else made.refused,
         points=points,
         explanations=tuple(explain_graphs(graphs, target, source.layers) for target in TARGETS if graphs),
-        notes=() if made is None else made.notes,
+        notes=(*source.notes, *(made.notes if made else ())),
     )
 
 
@@ -178,7 +178,14 @@ def _compared_as_served(source: Source, folder: Path, wanted: Wanted, whole: boo
     serve = functools.partial(call_signature, signatures_of(folder)[SERVED])
     allowed = max(TOLERANCES["float32"], wanted.tolerance or 0.0)
     for inputs in source.at_other_sizes(source.shapes):
-        compare(source.outputs, serve, [inputs], allowed)
+        try:
+            compare(source.outputs, serve, [inputs], allowed)
+        except ExportError as error:
+            sizes = ", ".join(str(array.shape) for array in inputs.values())
+            raise ExportError(
+                f"On inputs of shape {sizes} the model computes otherwise in a graph than by itself, as in "
+                f"model.predict: {error} Build it with keras.Input(shape) of fixed sizes, or mend the layer that does."
+            ) from error
     return compare(source.outputs, serve, source.inputs() if whole else [next(source.inputs())], allowed)
 
 

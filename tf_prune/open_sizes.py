@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from tf_prune.examples import rows
-from tf_prune.saved_model import Shape, can_be_traced, open_batch
+from tf_prune.saved_model import Shape, can_be_traced
 
 # Twice the size, which what pools and strides divides too; the next, which is odd where it is even; or smaller ones.
 _CHANGES: tuple[Callable[[int], int], ...] = (lambda n: 2 * n, lambda n: n + 1, lambda n: n // 2, lambda n: n - 1)
@@ -25,11 +25,11 @@ def stated_shapes(model: keras.Model, leaves: Sequence[Any]) -> list[Shape] | No
     return [tuple(tensor.shape) for tensor in tensors] if len(tensors) == len(leaves) else None
 
 
-def open_shapes(model: keras.Model, examples: Any) -> list[Shape]:
-    """The shapes that a model takes, `None` where any size does.
+def open_shapes(model: keras.Model, examples: Any) -> tuple[list[Shape], bool]:
+    """The shapes that a graph of a model takes, `None` where any size does; and whether the model takes no others.
 
     A functional model says it. A subclassed one says nothing, and what a `Sequential` says may only be the shape of its
-    first call: of those each size is tried.
+    first call: of those each size is tried. Where Python code counts a size, no graph can be made with it open.
 
     Args:
         model: A built `keras.Model`.
@@ -38,13 +38,24 @@ def open_shapes(model: keras.Model, examples: Any) -> list[Shape]:
     leaves = keras.tree.flatten(examples)
     stated = stated_shapes(model, leaves)
     if stated is not None and not isinstance(model, keras.Sequential):
-        return stated
+        found = stated
+    else:
+        found = _found_open(model, examples, stated or [leaf.shape for leaf in leaves])
+    if all(None not in shape[1:] for shape in found):
+        return found, True
+    if can_be_traced(model, examples, found):
+        return found, True
+    return [(own[0], *leaf.shape[1:]) for own, leaf in zip(found, leaves, strict=True)], False
+
+
+def _found_open(model: keras.Model, examples: Any, start: Sequence[Shape]) -> list[Shape]:
+    """The shapes, with `None` for each size that may be another one."""
     few = rows(examples, None, 2)
 
     def run(inputs: Any) -> Any:
         return model(inputs, training=False)
 
-    shapes = [list(shape) for shape in stated or [leaf.shape for leaf in leaves]]
+    shapes = [list(shape) for shape in start]
     for axis, size in sorted({(a, n) for leaf in keras.tree.flatten(few) for a, n in enumerate(leaf.shape)}):
         # Inputs of one length are of one length together.
         alike = [i for i, leaf in enumerate(keras.tree.flatten(few)) if leaf.shape[axis : axis + 1] == (size,)]
@@ -52,9 +63,7 @@ def open_shapes(model: keras.Model, examples: Any) -> list[Shape]:
         if any(shapes[i][axis] is not None for i in alike) and next(at_other_sizes(run, few, marked), None) is not None:
             for i in alike:
                 shapes[i][axis] = None
-    found = [tuple(shape) for shape in shapes]
-    choices = [found, open_batch(leaves), [leaf.shape for leaf in leaves]]
-    return next((choice for choice in choices if can_be_traced(model, examples, choice)), found)
+    return [tuple(shape) for shape in shapes]
 
 
 def at_other_sizes(run: Callable[[Any], Any], examples: Any, shapes: Sequence[Shape]) -> Iterator[Any]:

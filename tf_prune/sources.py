@@ -35,6 +35,7 @@ class KerasSource:
         layers: Name -> class.
         variables: Path -> variable of what is counted as kernels.
         shapes: What the SavedModel takes, `None` where a size is open.
+        notes: What could not be as it should, a sentence each.
     """
 
     def __init__(self, model: keras.Model, batches: Batches, input_shape: Any = None):
@@ -54,7 +55,14 @@ class KerasSource:
         self.variables = kernels
         self._example = self._first_input(input_shape)
         self._leaves = keras.tree.flatten(self._example)
-        self.shapes = open_shapes(model, self._example)
+        self.shapes, is_all = open_shapes(model, self._example)
+        self.notes: tuple[str, ...] = ()
+        if not is_all:
+            sizes = ", ".join(str(shape[1:]) for shape in self.shapes)
+            self.notes = (
+                f"The SavedModel takes examples of shape {sizes} alone: the model takes others too, but TensorFlow "
+                "cannot make a graph of it with open sizes.",
+            )
         self._names: list[str] = []
 
     @property
@@ -70,13 +78,12 @@ class KerasSource:
             is_open: Whether sizes that are open stay so; else they are those of the data.
         """
         stated = stated_shapes(self._model, self._leaves) or self.shapes
-        sizes = [
-            [n if is_open or n is not None else size for n, size in zip(shape, leaf.shape, strict=True)]
-            for shape, leaf in zip(stated, self._leaves, strict=True)
-        ]
         return [
-            (shape[0] if batch_size is None else batch_size, *size[1:])
-            for shape, size in zip(stated, sizes, strict=True)
+            (
+                said[0] if batch_size is None else batch_size,
+                *(n or (size if is_open else m) for n, size, m in zip(said[1:], own[1:], leaf.shape[1:], strict=True)),
+            )
+            for said, own, leaf in zip(stated, self.shapes, self._leaves, strict=True)
         ]
 
     def write(self, folder: Path, shapes: list[Shape] | None = None) -> None:
@@ -118,8 +125,13 @@ class KerasSource:
         if self._batches.given:
             example = _as_inputs(self._model, next(iter(self._batches.take(1)))[0])
             _check_shapes(keras.tree.flatten(example), wanted and [(None, *shape) for shape in wanted])
-            fixed = batch_size_of(self._model)
-            return rows(example, None, _AT_ONCE if fixed is None else fixed)
+            fixed = batch_size_of(self._model) or _AT_ONCE
+            if fixed != _AT_ONCE and size_of(example) < fixed:
+                raise ValueError(
+                    f"{self._model.name!r} takes batches of {fixed} examples, and data has fewer, {size_of(example)}. "
+                    "Pass whole batches; or build it with keras.Input(shape), which leaves their size open."
+                )
+            return rows(example, None, fixed)
         generator, size = np.random.default_rng(0), batch_size_of(self._model) or 32
 
         def random(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -145,6 +157,7 @@ class SavedModelSource:
         self._specs = self._function.structured_input_signature[1]
         self.layers: dict[str, str] = {}
         self.variables: dict[str, keras.Variable] = {}  # none that a sweep could change
+        self.notes: tuple[str, ...] = ()
         self.has_trained_ranges = has_trained_ranges(folder)
         variables = {v.name: v for v in self._function.variables if v.shape.rank >= 2 and v.dtype.is_floating}
         self.kernels = {name.removesuffix(":0"): v.numpy() for name, v in variables.items()}
