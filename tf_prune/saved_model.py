@@ -49,9 +49,22 @@ def write_saved_model(
 
     with computing_in(model, "float32"):
         signature = [keras.tree.pack_sequence_as(examples, specs)]
-        archive.add_endpoint("serve", lambda inputs: model(inputs, training=False), input_signature=signature)
+        archive.add_endpoint("serve", lambda inputs: _flat(model(inputs, training=False)), input_signature=signature)
         archive.write_out(str(directory), verbose=False)
     return names
+
+
+def named_outputs(outputs: Any) -> dict[str, Any]:
+    """A model's outputs by the names that a signature has for them."""
+    leaves = keras.tree.flatten(outputs)
+    if isinstance(outputs, dict) and len(outputs) == len(leaves):
+        return {name: keras.tree.flatten(output)[0] for name, output in outputs.items()}
+    return {f"output_{i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def _flat(outputs: Any) -> Any:
+    """A signature has no dict of structures."""
+    return named_outputs(outputs) if isinstance(outputs, dict) else outputs
 
 
 def open_batch(leaves: Sequence[Any]) -> list[Shape]:

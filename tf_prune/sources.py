@@ -17,7 +17,14 @@ from tf_prune.open_sizes import at_other_sizes, batch_size_of, open_shapes, stat
 from tf_prune.parity import Arrays
 from tf_prune.precision import computing_in
 from tf_prune.prunable import check_call, check_model, find_kernels, owners_of, weights_by_path
-from tf_prune.saved_model import Shape, call_signature, has_trained_ranges, signatures_of, write_saved_model
+from tf_prune.saved_model import (
+    Shape,
+    call_signature,
+    has_trained_ranges,
+    named_outputs,
+    signatures_of,
+    write_saved_model,
+)
 
 # So many examples are run at once: whole test sets come as one batch.
 _AT_ONCE = 128
@@ -107,10 +114,7 @@ class KerasSource:
     def outputs(self, inputs: Arrays) -> Arrays:
         """What Keras computes, in float32 like the file."""
         x = keras.tree.pack_sequence_as(self._example, [inputs[name] for name in self._names])
-        outputs = self._call(x)
-        leaves = [np.asarray(leaf) for leaf in keras.tree.flatten(outputs)]
-        keys = sorted(outputs) if isinstance(outputs, dict) else [f"output_{i}" for i in range(len(leaves))]
-        return dict(zip(keys, leaves, strict=True))
+        return {name: np.asarray(output) for name, output in named_outputs(self._call(x)).items()}
 
     def _call(self, x: Any) -> Any:
         with computing_in(self._model, "float32"):
@@ -125,7 +129,8 @@ class KerasSource:
         if self._batches.given:
             example = _as_inputs(self._model, next(iter(self._batches.take(1)))[0])
             _check_shapes(keras.tree.flatten(example), wanted and [(None, *shape) for shape in wanted])
-            fixed = batch_size_of(self._model) or _AT_ONCE
+            # What a Sequential model says may only be the size of its first batch.
+            fixed = (not isinstance(self._model, keras.Sequential) and batch_size_of(self._model)) or _AT_ONCE
             if fixed != _AT_ONCE and size_of(example) < fixed:
                 raise ValueError(
                     f"{self._model.name!r} takes batches of {fixed} examples, and data has fewer, {size_of(example)}. "
