@@ -96,6 +96,12 @@ def test_endless_data_is_read_as_far_as_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"has given 200 batches .* num_batches="):
         tf_prune.export(model, tmp_path / "out", ((x, y) for _ in itertools.count()))
     assert not (tmp_path / "out").exists()
+    for wrong in (0, True, 2.0):
+        with pytest.raises(ValueError, match="num_batches must be a positive integer"):
+            tf_prune.export(model, tmp_path / "out", endless, num_batches=wrong)
+    assert (
+        tf_prune.export(model, tmp_path / "out", ((x, y) for _ in range(2)), num_batches=3).inputs == "8 given examples"
+    )
     for data in (endless, ((x, y) for _ in itertools.count()), [(x, y)] * 5):
         assert tf_prune.export(model, tmp_path / "out", data, num_batches=3).inputs == "12 given examples"
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gzip
+import itertools
 import os
 import platform
 import tempfile
@@ -165,10 +166,14 @@ def _zeros(source: Source) -> tuple[LayerSparsity, ...]:
 
 def _read_once(data: Any, num_batches: int | None) -> Batches:
     """The data; in memory if it can be read only once, or so many batches of it are asked for."""
-    batches = Batches(data)
-    if num_batches is not None and batches.given:
-        return Batches(list(batches.take(num_batches)))
-    return Batches(list(batches)) if batches.once_only else batches
+    if num_batches is not None and (
+        not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 1
+    ):
+        raise ValueError(f"num_batches must be a positive integer, or None for all of the data; got {num_batches!r}.")
+    batches = Batches(data, limit=num_batches)
+    if not batches.given or (num_batches is None and not batches.once_only):
+        return batches
+    return Batches(list(itertools.islice(batches, num_batches)))
 
 
 def _compared_as_served(source: Source, folder: Path, wanted: Wanted, whole: bool) -> Parity:

@@ -11,7 +11,7 @@ from tf_prune.saved_model import Shape, can_be_traced
 
 # Twice the size, which what pools and strides divides too; the next, which is odd where it is even; or smaller ones.
 _CHANGES: tuple[Callable[[int], int], ...] = (lambda n: 2 * n, lambda n: n + 1, lambda n: n // 2, lambda n: n - 1)
-_FEW = 8
+_FEW = 4
 
 
 def batch_size_of(model: keras.Model) -> int | None:
