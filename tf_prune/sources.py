@@ -13,6 +13,7 @@ from tf_prune.conversion import NOT_IN_TFLITE, batch_size_of, has_trained_ranges
 from tf_prune.effective import check_not_quantized, multiplied
 from tf_prune.evidence import check_masks_hold, masks_of
 from tf_prune.parity import Arrays
+from tf_prune.placing import PREFIX
 from tf_prune.precision import computing_in
 from tf_prune.prunable import check_call, check_model, find_kernels, owners_of, weights_by_path
 
@@ -95,7 +96,8 @@ class SavedModelSource:
 
     def write(self, folder: Path, batch_size: int | None = None) -> None:
         """Copies it."""
-        shutil.copytree(self._folder, folder)
+        # It may be the directory that is written into: then the folder to copy to is in it.
+        shutil.copytree(self._folder, folder, ignore=shutil.ignore_patterns(f"{PREFIX}*"))
 
     def inputs(self) -> Iterator[Arrays]:
         """Batches of the data, or random ones of the signature's shapes."""
