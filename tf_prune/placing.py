@@ -123,6 +123,7 @@ def _new_work(directory: Path, last: str) -> tuple[Path, BinaryIO]:
     work = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{last}-", dir=directory))
     try:
         (work / _FILLING).mkdir()
+        (work / _OLD).mkdir()  # now, so that the moves need no space
         lock = open(work / _LOCK, "wb")  # noqa: SIM115 - it is closed with the work
     except BaseException:
         _remove(work)
@@ -231,7 +232,6 @@ def _move(work: Path, directory: Path, names: Collection[str], last: str) -> Non
     """
     ready, placing, old = work / _READY, work / _PLACING, work / _OLD
     if ready.exists():
-        old.mkdir(exist_ok=True)
         has_set = os.path.lexists(directory / last) or os.path.lexists(old / last)
         going = {*_entries(ready), *(names if has_set else ())}
         for name in sorted(going, key=lambda name: name != last):
