@@ -136,6 +136,27 @@ def test_what_cannot_be_put_back_either_is_kept_said_and_completed_by_the_next_r
     assert read(tmp_path) == {**NEW, "notes": "mine"}
 
 
+@pytest.mark.parametrize("renames", range(2, 8))
+def test_a_run_that_began_before_another_was_stopped_amid_its_moves_wins_whole(renames, tmp_path, monkeypatch):
+    write(tmp_path, OLD)
+    honest, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) > renames:
+            raise OSError(errno.EIO, "Input/output error")
+        honest(source, target)
+
+    third = {"model": "third", "report": "third"}
+    with replacing(tmp_path) as work:
+        write(work, third)
+        with pytest.raises(OSError, match="holds a part"):
+            replace_while(monkeypatch, failing, tmp_path)
+    assert read(tmp_path) == third
+    replace(tmp_path, NEW)
+    assert read(tmp_path) == NEW
+
+
 def read_without_work(directory):
     return {name: text for name, text in read(directory).items() if not name.startswith(placing.PREFIX)}
 
