@@ -12,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 import tf_prune
 from tests import helpers
-from tf_prune import candidates, exporting, sources, sweep, tflite
+from tf_prune import candidates, exporting, placing, sources, sweep, tflite
 
 
 def pruned(name="conv_bn", sparsity=0.7, method="snip"):
@@ -519,7 +519,7 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     def refusing(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(exporting.tempfile, "TemporaryDirectory", refusing)
+    monkeypatch.setattr(placing.tempfile, "mkdtemp", refusing)
     with pytest.raises(PermissionError, match=r"Cannot write into .*: Permission denied\. Choose another directory"):
         tf_prune.export(helpers.build("mlp"), tmp_path / "out")
 
@@ -653,3 +653,20 @@ def test_a_model_that_trains_in_mixed_precision_is_served_in_float32(policy, tmp
     served = loaded.serve(x)
     assert served.dtype == tf.float32
     np.testing.assert_allclose(served, plain(x), atol=1e-5)
+
+
+def test_entries_of_an_earlier_export_that_the_new_one_has_not_go(tmp_path, monkeypatch):
+    tf_prune.export(helpers.build("mlp"), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert (tmp_path / "report.png").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    tf_prune.export(helpers.build("mlp"), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["model.tflite", "notes.txt", "report.json", "report.md", "saved_model"]
+
+
+def test_a_saved_model_is_exported_into_its_own_folder(tmp_path):
+    two_inputs(tmp_path)
+    before = files(tmp_path)
+    tf_prune.export(tmp_path, tmp_path)
+    assert files(tmp_path / "saved_model") == before
+    assert set(files(tmp_path)) >= {*before, "model.tflite", "report.json"}

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tf_prune.placing import replacing_file
 from tf_prune.sparse_inference import Explanation
 from tf_prune.zeros import LayerSparsity
 
@@ -95,7 +96,7 @@ class ExportReport:
         return self.points[: len(_ENCODINGS)]
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Writes the report as JSON."""
+        """Writes the report as JSON; an existing file is replaced in one step."""
         content = {**dataclasses.asdict(self), "sparsity": self.sparsity, "latency": self.latency}
         content["explanations"] = {
             explanation.target: {
@@ -105,7 +106,8 @@ class ExportReport:
             }
             for explanation in self.explanations
         }
-        Path(file).write_text(json.dumps(content, indent=2) + "\n")
+        with replacing_file(file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     def __str__(self) -> str:
         table = Table(title=f"{self.directory}: {self.headline}")

@@ -1,14 +1,12 @@
 """Where a model leaves: clean SavedModel -> TF-Lite, dense and sparse -> parity check -> report."""
 
-import contextlib
 import functools
 import gzip
 import itertools
 import os
 import platform
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from tf_prune.candidates import Candidates, Source, Wanted, candidates, sizes_at
 from tf_prune.conversion import DTYPES, ENCODINGS
 from tf_prune.export_report import ExportReport, draw_sizes
 from tf_prune.parity import TOLERANCES, ExportError, Parity, check_installed, compare
+from tf_prune.placing import replacing
 from tf_prune.prunable import check_model
 from tf_prune.saved_model import SERVED, call_signature, signatures_of
 from tf_prune.scopes import check_sparsity
@@ -26,6 +25,9 @@ from tf_prune.sources import KerasSource, SavedModelSource
 from tf_prune.sparse_inference import TARGETS, explain_graphs
 from tf_prune.tflite import read
 from tf_prune.zeros import LayerSparsity, zeros_in_file
+
+# All that an export may write; `report.json` is there whenever the others are of one export and complete.
+_ENTRIES = ("saved_model", "model.tflite", "report.json", "report.md", "report.png")
 
 
 def export(
@@ -56,7 +58,8 @@ def export(
     Args:
         model: A built `keras.Model`, pruned or not; or the path of a SavedModel, for example of one that was trained
             aware of quantization.
-        directory: Where to write; made if needed. Files of an earlier export there are replaced.
+        directory: Where to write; made if needed. All of an earlier export there is replaced at once, or stays if this
+            one fails or is killed. `report.json` goes first and comes last: a directory that has it is whole.
         data: Real inputs to compare on, an `(x, y)` batch, x alone, or an iterable of them (y is not used); of a
             SavedModel with several inputs, x is a dict of its names. A generator is read once, and kept. `None` takes
             32 standard normal examples, or as many as the model's inputs fix. `"int8"` takes its ranges from the first
@@ -108,7 +111,7 @@ def export(
         )
     if tflite:
         check_installed()
-    with _folder_in(directory) as work:
+    with replacing(directory, _ENTRIES, last="report.json") as work:
         source.write(work / "saved_model")
         served = _compared_as_served(source, work / "saved_model", wanted, whole=not tflite)
         made = candidates(source, work / "saved_model", wanted) if tflite else None
@@ -118,7 +121,6 @@ def export(
         report.save(work / "report.json")
         drawn = draw_sizes(work / "report.png", report) if report.points else False
         (work / "report.md").write_text(report.to_markdown("report.png" if drawn else None))
-        _move_into(work, directory)
     for note in report.notes:
         warnings.warn(note, stacklevel=2)
     return report
@@ -221,56 +223,5 @@ def _check_options(model: Any, wanted: Wanted, input_shape: Any, tflite: bool, s
         )
 
 
-@contextlib.contextmanager
-def _folder_in(directory: Path) -> Iterator[Path]:
-    """A folder on the same disk, so that what is ready is renamed into place. Directories made for it go after errors.
-
-    Made in the directory and not beside it: then whether it can be written into shows before the work.
-    """
-    path = (directory, *directory.parents)
-    for file in filter(os.path.isfile, path):
-        raise ValueError(f"directory must be a folder to write into, but {file} is a file.")
-    missing = [part for part in path if not os.path.exists(part)]
-    try:
-        with _temporary_in(directory) as work:
-            yield work
-    except BaseException:
-        for part in missing:
-            with contextlib.suppress(OSError):
-                part.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def _temporary_in(directory: Path) -> Iterator[Path]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=directory, prefix=".")
-    except OSError as error:
-        raise type(error)(f"Cannot write into {directory}: {error.strerror}. Choose another directory.") from error
-    with temporary as name:
-        yield Path(name)
-
-
 def _sizes(content: bytes) -> dict[str, int]:
     return {"raw": len(content), "gzip": len(gzip.compress(content, mtime=0))}
-
-
-def _move_into(work: Path, directory: Path) -> None:
-    """Renames the new files into place; an earlier export's are set aside until all are there."""
-    new = list(work.iterdir())
-    aside = work / "replaced"
-    aside.mkdir()
-    try:
-        for source in new:
-            target = directory / source.name
-            if target.exists():
-                os.replace(target, aside / source.name)
-            os.replace(source, target)
-    except BaseException:
-        for source in new:
-            if not source.exists():
-                os.replace(directory / source.name, source)
-        for old in aside.iterdir():
-            os.replace(old, directory / old.name)
-        raise

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tf_prune.placing import replacing_file
 from tf_prune.spectrum import Spectrum
 
 _COLORS = ("#3b6ea5", "#c8553d", "#5a9367", "#8a6bb1", "#b08a2e")
@@ -56,7 +57,8 @@ def draw_propagation(
         figure.suptitle(title)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120, format="png")
+    with replacing_file(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return file
 
 

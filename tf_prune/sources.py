@@ -15,6 +15,7 @@ from tf_prune.evidence import check_masks_hold, masks_of
 from tf_prune.examples import rows, size_of
 from tf_prune.open_sizes import at_other_sizes, batch_size_of, open_shapes, stated_shapes
 from tf_prune.parity import Arrays
+from tf_prune.placing import PREFIX
 from tf_prune.precision import computing_in
 from tf_prune.prunable import check_call, check_model, find_kernels, owners_of, weights_by_path
 from tf_prune.saved_model import (
@@ -174,7 +175,8 @@ class SavedModelSource:
 
     def write(self, folder: Path, shapes: list[Shape] | None = None) -> None:
         """Copies it."""
-        shutil.copytree(self._folder, folder)
+        # It may be the directory that is written into: then the folder to copy to is in it.
+        shutil.copytree(self._folder, folder, ignore=shutil.ignore_patterns(f"{PREFIX}*"))
 
     def inputs(self, shapes: list[Shape] | None = None) -> Iterator[Arrays]:
         """Batches of the data, or random ones of the signature's shapes."""

@@ -24,10 +24,13 @@ from tf_prune.legacy_keras import to_tf_keras as to_tf_keras
 from tf_prune.legacy_layers import LAYERS as LAYERS
 from tf_prune.legacy_layers import kind, label
 from tf_prune.masks import Masks
+from tf_prune.placing import replacing
 from tf_prune.prunable import find_kernels, weights_by_path
 
 # tfmot takes these apart, or folds them into the convolution before them.
 _FOLDED = ("BatchNormalization", "SeparableConv1D", "SeparableConv2D")
+# What TensorFlow's versions write into a SavedModel's folder.
+_SAVED_MODEL = ("saved_model.pb", "variables", "assets", "assets.extra", "fingerprint.pb", "keras_metadata.pb")
 _QUANTIZED_ACTIVATIONS = ("gelu", "linear", "relu", "sigmoid", "softmax", "swish", "tanh")
 
 
@@ -212,7 +215,7 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: A `tf_keras.Model`: what `quantize_aware` returned, trained.
-        directory: Where to write; made if needed.
+        directory: Where to write; made if needed. An earlier SavedModel there is replaced, whole or not at all.
 
     Raises:
         TypeError: If `model` is not a `tf_keras.Model`.
@@ -242,4 +245,5 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
     # Of the model itself TensorFlow would write its optimizer, and each layer's own function, too.
     module = tf.Module()
     module.weights, module.serve = list(model.weights), tf.function(serve, specs)
-    tf.saved_model.save(module, os.fspath(directory), signatures={"serving_default": module.serve})
+    with replacing(directory, _SAVED_MODEL, last="saved_model.pb") as work:
+        tf.saved_model.save(module, os.fspath(work), signatures={"serving_default": module.serve})
