@@ -118,6 +118,7 @@ def export(
                     representative=_representative(source, batches, dtype),
                     signature=signature,
                     flex=flex,
+                    layers=source.layers,
                 )
                 for name in ENCODINGS
             }

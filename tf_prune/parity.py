@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tf_prune.conversion import flex_interpreter
+from tf_prune.quiet import quiet
 
 Arrays = Mapping[str, np.ndarray]
 # Outputs of float32 agree to rounding. Quantized ones need not: there the check is that they are of the same model.
@@ -46,8 +47,9 @@ class LiteRTModel:
     """
 
     def __init__(self, content: bytes, flex: bool = False):
-        self._interpreter = _interpreter_class(flex)(model_content=content, num_threads=1)
-        self._runner = self._interpreter.get_signature_runner()
+        with quiet():
+            self._interpreter = _interpreter_class(flex)(model_content=content, num_threads=1)
+            self._runner = self._interpreter.get_signature_runner()
         self._inputs = self._runner.get_input_details()
         self._outputs = self._runner.get_output_details()
         sizes = {int(details["shape_signature"][0]) for details in self._inputs.values()}
@@ -68,7 +70,9 @@ class LiteRTModel:
         return time.perf_counter() - start
 
     def _run(self, inputs: Arrays, size: int) -> dict[str, np.ndarray]:
-        outputs = self._runner(**self._prepared(inputs, size))
+        prepared = self._prepared(inputs, size)
+        with quiet():
+            outputs = self._runner(**prepared)
         return {name: _dequantized(array, self._outputs[name]) for name, array in outputs.items()}
 
     def _prepared(self, inputs: Arrays, size: int) -> dict[str, np.ndarray]:
