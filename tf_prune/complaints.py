@@ -50,11 +50,14 @@ def why(message: str, dtype: str, layers: Mapping[str, str]) -> str:
         }
     )
     if missing:
-        return (
-            f"TF-Lite has no operator {'; '.join(_with_place(name, found, layers) for name in missing)}. Replace the "
-            f"layers that use it; or {_WITHOUT_TFLITE}; or pass flex=True, which keeps TensorFlow's own: such a file "
-            "runs only in a runtime that was built with the Flex delegate."
+        flex = (
+            "; or pass flex=True, which keeps TensorFlow's own: such a file runs only in a runtime that was built with "
+            "the Flex delegate"
         )
+        # The Flex delegate has none of these either, such as Python's functions.
+        flex = "" if "Custom ops: " in message else flex
+        operators = ", ".join(_with_place(name, found, layers) for name in missing)
+        return f"TF-Lite has no operator {operators}. Replace the layers that use it; or {_WITHOUT_TFLITE}{flex}."
     where = places([name for _, name in found], layers)
     if "tensor list" in message.lower() or "TensorListReserve" in message:
         return (
@@ -70,4 +73,4 @@ def why(message: str, dtype: str, layers: Mapping[str, str]) -> str:
 
 def _with_place(operator: str, found: list[tuple[str, ...]], layers: Mapping[str, str]) -> str:
     where = places([name for kind, name in found if kind == operator], layers)
-    return f"{operator} (in {where})" if where else operator
+    return f"{operator} of {where}" if where else operator

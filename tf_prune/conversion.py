@@ -124,8 +124,8 @@ def convert(
         layers: Name -> class of the Keras layers, to say in errors where an operator comes from.
 
     Raises:
-        ConversionError: If the converter refuses; names the operators that TF-Lite does not have, and their layers. Also
-            where TensorFlow, or a runtime, would end the process: `"int8"` of loops, tensors without any number.
+        ConversionError: If the converter refuses; names the operators that TF-Lite does not have, and their layers.
+            Also where TensorFlow, or a runtime, would end the process: `"int8"` of loops, tensors without any number.
     """
     _check_is_saved_model(saved_model)
     present = _signature_names(saved_model)
@@ -180,11 +180,10 @@ def _converted(
 def _check_sizes(saved_model: Path) -> None:
     """TensorFlow's sparse encoding ends the process on a variable without any number."""
     prefix = saved_model / "variables" / "variables"
-    for name, shape in tf.train.list_variables(str(prefix)) if prefix.with_suffix(".index").is_file() else ():
+    for _, shape in tf.train.list_variables(str(prefix)) if prefix.with_suffix(".index").is_file() else ():
         if 0 in shape:
-            name = name.split("/.ATTRIBUTES")[0]
             raise ConversionError(
-                f"The variable {name!r} has the shape {tuple(shape)}: it holds no number, and TensorFlow's converter "
+                f"A variable of the model has the shape {tuple(shape)}: it holds no number, and TensorFlow's converter "
                 "would end the process. Leave out the layer that it belongs to, or its input of size 0."
             )
 
@@ -198,7 +197,7 @@ def _check_calibration(
 ) -> None:
     if not representative:
         raise ValueError(
-            "representative is empty: int8 takes the ranges of activations from real inputs. Give some hundred examples."
+            "representative is empty, but int8 takes the ranges of activations from it. Give some hundred real inputs."
         )
     loops = loops_of(saved_model, signature)
     # Some go in conversion, as when the converter knows the whole layer.

@@ -21,7 +21,9 @@ def loops_of(saved_model: Path, signature: str) -> list[str]:
     (graph,) = [one for one in content.meta_graphs if signature in one.signature_def][:1]
     functions = {function.signature.name: function.node_def for function in graph.graph_def.library.function}
     outputs = [tensor.name for tensor in graph.signature_def[signature].outputs.values()]
-    waiting, seen, found = [_behind(outputs, graph.graph_def.node)], set(), []
+    waiting = [_behind(outputs, graph.graph_def.node)]
+    seen: set[str] = set()
+    found: list[str] = []
     while waiting:
         for node in waiting.pop():
             if node.op in _LOOPS:

@@ -47,9 +47,8 @@ class LiteRTModel:
     """
 
     def __init__(self, content: bytes, flex: bool = False):
-        with quiet():
-            self._interpreter = _interpreter_class(flex)(model_content=content, num_threads=1)
-            self._runner = self._interpreter.get_signature_runner()
+        self._interpreter = _interpreter_class(flex)(model_content=content, num_threads=1)
+        self._runner = self._interpreter.get_signature_runner()
         self._inputs = self._runner.get_input_details()
         self._outputs = self._runner.get_output_details()
         sizes = {int(details["shape_signature"][0]) for details in self._inputs.values()}
@@ -70,9 +69,7 @@ class LiteRTModel:
         return time.perf_counter() - start
 
     def _run(self, inputs: Arrays, size: int) -> dict[str, np.ndarray]:
-        prepared = self._prepared(inputs, size)
-        with quiet():
-            outputs = self._runner(**prepared)
+        outputs = self._runner(**self._prepared(inputs, size))
         return {name: _dequantized(array, self._outputs[name]) for name, array in outputs.items()}
 
     def _prepared(self, inputs: Arrays, size: int) -> dict[str, np.ndarray]:
@@ -165,8 +162,9 @@ def load_runnable(
     models, refused = {}, {}
     for name, content in files.items():
         try:
-            model = LiteRTModel(content, flex)
-            model.outputs(inputs)
+            with quiet():
+                model = LiteRTModel(content, flex)
+                model.outputs(inputs)
         except RuntimeError as error:
             refused[name] = f"LiteRT does not run it: {str(error).splitlines()[0]}"
         else:

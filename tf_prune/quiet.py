@@ -13,10 +13,10 @@ from typing import Any
 
 # Lines of C++ logs, of the converter, and of what it says before it raises. Other lines are somebody else's.
 _NOISE = re.compile(
-    rb"[IWEF]\d{4} \d\d:\d\d:\d+\.\d+ |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWEF] |WARNING: All log messages before absl"
+    rb"[IWEF]\d{4} \d\d:\d\d:\d+\.\d+ |\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IWEF] "
     rb"|(INFO|WARNING|ERROR): |INFO:tensorflow:|fully_quantize: |loc\(|<unknown>:|error: |note: "
     rb"|Some ops (are|in the model)|TF Select ops: |Flex ops: |Custom ops: |Select ops: |Details:|\ttf\.|"
-    rb"To enable the following instructions|See instructions: "
+    rb"To enable the following instructions|See instructions: |\r?\n"
 )
 _lock = threading.Lock()
 # How many are quiet now; and for each descriptor its copy and the file that stands in its place.

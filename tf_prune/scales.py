@@ -81,8 +81,8 @@ def repaired(content: bytes, layers: Mapping[str, str]) -> bytes:
             _check(operator, layers)
     if dead:
         warnings.warn(
-            f"What {places(dead, layers)} puts out is 0 for all data given, so int8 finds no range for it. It was given "
-            "one of the size of the others, for runtimes abort on none; the file computes the same.",
+            f"What {places(dead, layers)} puts out is 0 for all data given: int8 finds no range for it, with which "
+            "runtimes abort. It was given one of the size of the others; the file computes the same.",
             stacklevel=2,
         )
     return bytes(file)
@@ -98,12 +98,17 @@ def _operators(model: Any, graph: Any, names: Mapping[int, str]) -> Iterator[_Op
         code = model.OperatorCodes(table.OpcodeIndex())
         inputs = [int(t) for t in table.InputsAsNumpy() if t >= 0] if table.InputsLength() else []
         outputs = [int(t) for t in table.OutputsAsNumpy() if t >= 0] if table.OutputsLength() else []
+        kind = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        # What the model puts out bears no layer's name: the kernel may, or what is read.
+        tensors = [*outputs[:1], *(inputs[1:2] if kind in _KERNELS else ())]
+        if outputs and (graph.Tensors(outputs[0]).Name() or b"").startswith(b"StatefulPartitionedCall"):
+            tensors = (tensors + inputs[:1])[1:2]
         yield _Operator(
-            names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())],
+            kind,
             table,
             {t: scale for t in inputs if (scale := _scale_of(model, graph, t)) is not None},
             {t: scale for t in outputs if (scale := _scale_of(model, graph, t)) is not None},
-            [(graph.Tensors(t).Name() or b"").decode() for t in (*outputs, *inputs[1:2])],
+            [(graph.Tensors(t).Name() or b"").decode() for t in tensors],
         )
 
 
@@ -182,8 +187,9 @@ def _check(operator: _Operator, layers: Mapping[str, str]) -> None:
     else:
         fails = operator.kind in _SOFTMAXES and bool(inputs) and inputs[0] <= _LEAST_FOR_SOFTMAX
     if fails:
+        where = places([";".join(operator.names)], layers)
         raise ScaleError(
-            f"Runtimes abort on the int8 scales of {operator.kind} in {places([';'.join(operator.names)], layers)}: inputs in "
-            f"steps of {max(inputs):.2g}, outputs in steps of {outputs[0] if outputs else 0:.2g}. Give data for which "
-            "its outputs vary more, or take dtype='dynamic_int8'."
+            f"Runtimes abort on the int8 scales of {operator.kind} in {where}: its inputs are in steps of "
+            f"{max(inputs):.2g}, its outputs in steps of {max(outputs, default=0):.2g}. Give data for which they vary "
+            "more, or take dtype='dynamic_int8'."
         )
