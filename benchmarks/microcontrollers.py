@@ -7,7 +7,7 @@ Each file is run in a child process, since that runtime aborts on scales that it
 network: the file as TensorFlow's converter writes it, and as `tf_prune.conversion.convert` does.
 """
 
-import os
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -20,6 +20,25 @@ import numpy as np
 from keras import layers
 
 from tf_prune import conversion
+
+
+# Example by example, from floats to floats. Of its own, without TensorFlow in the process.
+RUN = """
+import sys
+import numpy as np
+from tflite_micro.python.tflite_micro import runtime
+
+interpreter = runtime.Interpreter.from_file(sys.argv[1] + "/model.tflite", arena_size=2_000_000)
+takes, gives = interpreter.get_input_details(0), interpreter.get_output_details(0)
+outputs = []
+for one in np.load(sys.argv[1] + "/x.npy"):
+    scale, zero = (takes["quantization_parameters"][key][0] for key in ("scales", "zero_points"))
+    interpreter.set_input(np.clip(np.round(one[None] / scale) + zero, -128, 127).astype(np.int8), 0)
+    interpreter.invoke()
+    scale, zero = (gives["quantization_parameters"][key][0] for key in ("scales", "zero_points"))
+    outputs.append((interpreter.get_output(0).astype(np.float32) - zero) * scale)
+np.save(sys.argv[1] + "/outputs.npy", np.concatenate(outputs))
+"""
 
 
 def network(kind: str) -> keras.Model:
@@ -42,44 +61,23 @@ def without_weights(model: keras.Model, names: tuple[str, ...], bias: float) -> 
     return model
 
 
-def micro(content: bytes, x: np.ndarray) -> str:
+def micro(content: bytes, x: np.ndarray) -> str | np.ndarray:
     """The outputs in that runtime, or the signal that the child died of."""
-    receive, send = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(send, run(content, x).tobytes())
-        os._exit(0)
-    os.close(send)
-    with open(receive, "rb") as pipe:
-        outputs = np.frombuffer(pipe.read(), np.float32)
-    status = os.waitpid(child, 0)[1]
-    return f"dies of signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else outputs
-
-
-def run(content: bytes, x: np.ndarray) -> np.ndarray:
-    """Example by example, from floats to floats."""
-    from tflite_micro.python.tflite_micro import runtime
-
-    interpreter = runtime.Interpreter.from_bytes(content, arena_size=2_000_000)
-    takes, gives = (
-        d["quantization_parameters"] for d in (interpreter.get_input_details(0), interpreter.get_output_details(0))
-    )
-    outputs = []
-    for one in x:
-        quantized = np.clip(np.round(one[None] / takes["scales"][0]) + takes["zero_points"][0], -128, 127)
-        interpreter.set_input(quantized.astype(np.int8), 0)
-        interpreter.invoke()
-        outputs.append((interpreter.get_output(0).astype(np.float32) - gives["zero_points"][0]) * gives["scales"][0])
-    return np.concatenate(outputs).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model.tflite").write_bytes(content)
+        np.save(Path(folder, "x.npy"), x)
+        done = subprocess.run([sys.executable, "-c", RUN, folder], capture_output=True, text=True)
+        if done.returncode < 0:
+            return f"dies of signal {-done.returncode}"
+        if done.returncode:
+            sys.exit(done.stderr)
+        return np.load(Path(folder, "outputs.npy"))
 
 
 def difference(found: str | np.ndarray, expected: np.ndarray) -> str:
     """In units of the largest output."""
     return (
-        found
-        if isinstance(found, str)
-        else f"{np.abs(found - expected.ravel()).max() / max(np.abs(expected).max(), 1e-6):.1%}"
+        found if isinstance(found, str) else f"{np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6):.1%}"
     )
 
 

@@ -510,7 +510,9 @@ def test_options_that_cannot_be_met_are_refused_before_anything_is_written(optio
 
 
 def test_a_recurrent_layer_asks_for_a_batch_size(tmp_path):
-    with pytest.raises(tf_prune.ConversionError, match=r"'gru' \(GRU\)\) needs a batch of fixed size in TF-Lite\. Pass batch_size=1"):
+    with pytest.raises(
+        tf_prune.ConversionError, match=r"'gru' \(GRU\)\) needs a batch of fixed size in TF-Lite\. Pass batch_size=1"
+    ):
         tf_prune.export(helpers.build("recurrent"), tmp_path / "out")
     assert tf_prune.export(helpers.build("recurrent"), tmp_path / "out", batch_size=4).largest_difference < 1e-5
 

@@ -22,6 +22,8 @@ _KERNELS = {"FULLY_CONNECTED": (0, 1), "CONV_2D": (0, 1), "DEPTHWISE_CONV_2D": (
     "TRANSPOSE_CONV": (2, 1)
 }
 _SUMS, _SOFTMAXES = ("ADD", "SUB"), ("SOFTMAX", "LOG_SOFTMAX")
+# Biases are in steps of inputs * kernel: so many in one of the outputs', so that they lose nothing.
+_PER_STEP = 2**8
 # Fixed-point steps of the runtimes: they check that 2 * inputs / (2**20 * outputs) < 1, and inputs * 2**26 > 1.
 _LEAST_FOR_SOFTMAX = 2.0**-26
 
@@ -71,11 +73,16 @@ def repaired(content: bytes, layers: Mapping[str, str]) -> bytes:
         empty = {t for operator in operators for t in (*operator.empty_in, *operator.empty_out)}
         if empty:
             dead += _where_it_begins(operators)
-            scale = _scale_for(graph, operators, layers)
+            free = _zero_kernels(model, graph, operators)
+            scale = _scale_for(graph, operators, free, layers)
             for tensor in empty:
                 graph.Tensors(tensor).Quantization().ScaleAsNumpy()[:] = scale
             for operator in operators:
                 if operator.kind in _KERNELS and operator.empty_in:
+                    kernel = operator.table.Inputs(_KERNELS[operator.kind][1])
+                    if kernel in free:
+                        out = max(operator.written, default=scale)
+                        graph.Tensors(kernel).Quantization().ScaleAsNumpy()[:] = out / scale / _PER_STEP
                     _rescale_bias(model, graph, operator)
         for operator in _operators(model, graph, names):
             _check(operator, layers)
@@ -134,14 +141,26 @@ def _kernel_scale(graph: Any, operator: _Operator) -> float:
     return float(kernel.ScaleAsNumpy().max()) if kernel is not None and kernel.ScaleLength() else 1.0
 
 
-def _scale_for(graph: Any, operators: list[_Operator], layers: Mapping[str, str]) -> float:
+def _zero_kernels(model: Any, graph: Any, operators: list[_Operator]) -> set[int]:
+    """Kernels of one operator that hold nothing but zeros, which any scale suits."""
+    kernels = [o.table.Inputs(_KERNELS[o.kind][1]) for o in operators if o.kind in _KERNELS]
+    found = set()
+    for kernel in kernels:
+        values = model.Buffers(graph.Tensors(kernel).Buffer()).DataAsNumpy()
+        quantization = graph.Tensors(kernel).Quantization()
+        if kernels.count(kernel) == 1 and isinstance(values, np.ndarray) and not values.any() and quantization:
+            found |= {kernel} if quantization.ScaleLength() else set()
+    return found
+
+
+def _scale_for(graph: Any, operators: list[_Operator], free: set[int], layers: Mapping[str, str]) -> float:
     """One scale for all: the median of the others, within what the neighbours ask for."""
     least, most = [2.0**-20], [2.0**10]
     for o in operators:
         if o.kind in _KERNELS:
             kernel = _kernel_scale(graph, o)
-            # Biases are in inputs * kernel: 1/256 of the outputs' steps, so that they lose nothing.
-            most += [out / kernel / 2**8 for out in o.written if o.empty_in]
+            if o.empty_in and o.table.Inputs(_KERNELS[o.kind][1]) not in free:
+                most += [out / kernel / _PER_STEP for out in o.written]
             least += [read * kernel / 2**7 for read in o.read if o.empty_out]
         elif o.kind in _SUMS:
             most += [out * 2**6 for out in o.written if o.empty_in]
