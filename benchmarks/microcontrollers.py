@@ -21,7 +21,6 @@ from keras import layers
 
 from tf_prune import conversion
 
-
 # Example by example, from floats to floats. Of its own, without TensorFlow in the process.
 RUN = """
 import sys
