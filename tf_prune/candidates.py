@@ -181,6 +181,7 @@ def _files(source: Source, saved_model: Path | None, wanted: Wanted, shapes: lis
                 representative=representative,
                 signature=wanted.signature,
                 flex=wanted.flex,
+                layers=source.layers,
             )
             for name in ENCODINGS
         }

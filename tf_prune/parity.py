@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tf_prune.conversion import flex_interpreter
+from tf_prune.quiet import quiet
 
 Arrays = Mapping[str, np.ndarray]
 # Outputs of float32 agree to rounding. Quantized ones need not: there the check is that they are of the same model.
@@ -161,8 +162,9 @@ def load_runnable(
     models, refused = {}, {}
     for name, content in files.items():
         try:
-            model = LiteRTModel(content, flex)
-            model.outputs(inputs)
+            with quiet():
+                model = LiteRTModel(content, flex)
+                model.outputs(inputs)
         except RuntimeError as error:
             refused[name] = f"LiteRT does not run it: {str(error).splitlines()[0]}"
         else:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_prune.precision import computing_in
+from tf_prune.quiet import quiet
 
 SERVED = "serving_default"
 Shape = tuple[int | None, ...]
@@ -47,7 +48,7 @@ def write_saved_model(
     for table in _tables_of(model):
         archive.track(table)
 
-    with computing_in(model, "float32"):
+    with computing_in(model, "float32"), quiet():
         signature = [keras.tree.pack_sequence_as(examples, specs)]
         archive.add_endpoint("serve", lambda inputs: _flat(model(inputs, training=False)), input_signature=signature)
         archive.write_out(str(directory), verbose=False)
@@ -94,7 +95,8 @@ def signatures_of(saved_model: Path) -> dict[str, Any]:
         ValueError: If the folder is no SavedModel.
     """
     check_is_saved_model(saved_model)
-    loaded = tf.saved_model.load(str(saved_model))
+    with quiet():
+        loaded = tf.saved_model.load(str(saved_model))
     # A signature works as long as what it was loaded with lives.
     functions = dict(loaded.signatures)
     for function in functions.values():

@@ -193,11 +193,12 @@ def explain(model: Any, target: str = "arm64") -> Explanation:
     """
     if target not in TARGETS:
         raise ValueError(f"Unknown target {target!r}. Expected one of {', '.join(TARGETS)}.")
-    layers = model._flatten_layers(include_self=False) if isinstance(model, keras.Model) else []
-    return explain_graphs(read(_content(model)), target, {layer.name: type(layer).__name__ for layer in layers})
+    found = model._flatten_layers(include_self=False) if isinstance(model, keras.Model) else []
+    layers = {layer.name: type(layer).__name__ for layer in found}
+    return explain_graphs(read(_content(model, layers)), target, layers)
 
 
-def _content(model: Any) -> bytes:
+def _content(model: Any, layers: Mapping[str, str]) -> bytes:
     if isinstance(model, bytes):
         return model
     if isinstance(model, (str, os.PathLike)):
@@ -226,7 +227,7 @@ def _content(model: Any) -> bytes:
         recurrent = any(isinstance(layer, keras.layers.RNN) for layer in model._flatten_layers())
         shapes = [(1, *leaf.shape[1:]) for leaf in keras.tree.flatten(examples)] if recurrent else None
         write_saved_model(model, examples, Path(folder), shapes)
-        return convert(Path(folder), encoding="sparse")
+        return convert(Path(folder), encoding="sparse", layers=layers)
 
 
 def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, str] | None = None) -> Explanation:
