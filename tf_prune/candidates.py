@@ -12,6 +12,7 @@ import numpy as np
 from tf_prune.conversion import ENCODINGS, ConversionError, convert
 from tf_prune.export_report import Point
 from tf_prune.parity import TOLERANCES, Arrays, ExportError, LiteRTModel, Parity, compare, latencies, load_runnable
+from tf_prune.quiet import quiet
 from tf_prune.saved_model import SERVED, Shape
 from tf_prune.sources import KerasSource, SavedModelSource
 from tf_prune.sparse_inference import why_wrong
@@ -159,7 +160,8 @@ def _parity(source: Source, model: LiteRTModel, allowed: float, shapes: list[Sha
     """On the data; and on inputs of other sizes, if those are open."""
     for inputs in others:
         try:
-            compare(source.outputs, model.outputs, [inputs], allowed)
+            with quiet():
+                compare(source.outputs, model.outputs, [inputs], allowed)
         except (ExportError, RuntimeError, ValueError) as error:
             sizes = ", ".join(str(array.shape) for array in inputs.values())
             raise ExportError(f"On inputs of shape {sizes}: {str(error).splitlines()[0]}") from error

@@ -108,8 +108,8 @@ def _converted(
 def _check_sizes(saved_model: Path) -> None:
     """TensorFlow's sparse encoding ends the process on a variable without any number."""
     prefix = saved_model / "variables" / "variables"
-    for _, shape in tf.train.list_variables(str(prefix)) if prefix.with_suffix(".index").is_file() else ():
-        if 0 in shape:
+    for name, shape in tf.train.list_variables(str(prefix)) if prefix.with_suffix(".index").is_file() else ():
+        if 0 in shape and "VARIABLE_VALUE" in name:
             raise ConversionError(
                 f"A variable of the model has the shape {tuple(shape)}: it holds no number, and TensorFlow's converter "
                 "would end the process. Leave out the layer that it belongs to, or its input of size 0."

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from tf_prune.examples import rows
+from tf_prune.quiet import quiet
 from tf_prune.saved_model import Shape, can_be_traced
 
 # Twice the size, which what pools and strides divides too; the next, which is odd where it is even; or smaller ones.
@@ -99,7 +100,8 @@ def _resized(array: np.ndarray, shape: Shape, change: Callable[[int], int]) -> n
 
 def _runs(run: Callable[[Any], Any], inputs: Any) -> bool:
     try:
-        run(inputs)
+        with quiet():
+            run(inputs)
     except Exception:  # Each layer refuses a size in its own way.
         return False
     return True

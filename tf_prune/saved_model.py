@@ -79,7 +79,7 @@ def can_be_traced(model: keras.Model, examples: Any, shapes: Sequence[Shape]) ->
         tf.TensorSpec(shape, _dtype_of(leaf)) for shape, leaf in zip(shapes, keras.tree.flatten(examples), strict=True)
     ]
     try:
-        with computing_in(model, "float32"):
+        with computing_in(model, "float32"), quiet():
             tf.function(lambda inputs: model(inputs, training=False), autograph=False).get_concrete_function(
                 keras.tree.pack_sequence_as(examples, specs)
             )
