@@ -16,6 +16,7 @@ from absl import app, flags, logging
 import tf_prune
 from experiments import datasets, models
 from tf_prune.losses import LOSSES
+from tf_prune.whole_files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +247,7 @@ def versions() -> dict[str, str]:
 
 def write_json(file: Path, content: Any) -> None:
     """Writes whole or not at all, so that an interrupted run leaves no half of a result."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(file)
+    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def start(main: Callable[[], None]) -> None:

@@ -23,7 +23,8 @@ from tf_prune.conversion import NOT_IN_TFLITE, convert, write_saved_model
 from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
 from tf_prune.prunable import check_call, check_model
-from tf_prune.tflite import Graph, Operator, Tensor, read
+from tf_prune.tflite import read
+from tf_prune.tflite_graph import Graph, Operator, Tensor
 from tf_prune.xnnpack import Chain, find_chain
 
 TARGETS = ("arm64", "arm32", "x86", "wasm", "microcontroller")
@@ -153,7 +154,8 @@ class Explanation:
                 kernel.where, kernel.operator, shape, kernel.dtype, kernel.encoding, f"{kernel.sparsity:.2%}", runs
             )
         with io.StringIO() as stream:
-            console = Console(file=stream, width=120)
+            # Names stand as they are in the file, brackets too.
+            console = Console(file=stream, width=120, markup=False, emoji=False)
             console.print(obstacles if self.obstacles else self.verdict)
             console.print(kernels)
             for line in self.advice:

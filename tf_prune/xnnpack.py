@@ -9,7 +9,7 @@ computes the whole chain channels first and sparse, or none of it (`xnn_subgraph
 import dataclasses
 from collections.abc import Iterable
 
-from tf_prune.tflite import Graph, Operator
+from tf_prune.tflite_graph import Graph, Operator
 from tf_prune.xnnpack_operators import BY_MAKE_READY, CONVOLUTIONS, ENDS, POOLING, SEPARABLE, ImageOperators
 
 # XNNPACK does not take these, so that a part before them has no end of its own and stays dense (measured).

@@ -6,13 +6,9 @@ convolutions.
 
 import numpy as np
 
-from tf_prune.tflite import Graph, Operator
+from tf_prune.tflite_graph import UNARY, Graph, Operator
 
 CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
-_UNARY = (
-    *("ABS", "CEIL", "COS", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "RELU"),
-    *("RELU6", "RELU_0_TO_1", "RELU_N1_TO_1", "ROUND", "RSQRT", "SIN", "SQRT", "SQUARE", "TANH"),
-)
 POOLING = ("MEAN", "SUM")
 ENDS = (*POOLING, "DEPTH_TO_SPACE")
 _SAME = 0
@@ -130,7 +126,7 @@ class ImageOperators:
             return "a single row or column is resized", "resize larger images"
         if kind in ("MINIMUM", "MAXIMUM") and any(self.graph.constant(t) is not None for t in operator.inputs):
             return None  # It clips.
-        if kind == "DEPTH_TO_SPACE" or (kind in _UNARY and self._ranks(operator) == [4]):
+        if kind == "DEPTH_TO_SPACE" or (kind in UNARY and self._ranks(operator) == [4]):
             return None
         return _OTHERS.get(
             kind, (f"{kind} is not among the operators that join", "leave it out, or put it behind the end")
