@@ -1,4 +1,4 @@
-"""Reads a FlatBuffer that may be damaged or hostile: every place is checked, and the work is bounded by the file's size.
+"""Reads a FlatBuffer that may be damaged or hostile: every place is checked, and the work bounded by the file's size.
 
 Python's `flatbuffers` has no verifier: its accessors follow offsets to wherever they point, and loop over as many
 elements as a length says.

@@ -1,4 +1,4 @@
-"""What a file of masks is: bytes that `numpy.load` reads, and that are checked whole before anything is made of them."""
+"""What a file of masks is: bytes that `numpy.load` reads, checked whole before anything is made of them."""
 
 import hashlib
 import io
@@ -91,7 +91,7 @@ def _masks(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
             raise ValueError(f"it holds {count} masks of {int(arrays['count'])}")
         if not np.array_equal(arrays["checksum"], _checksum(paths, shapes, bits)):
             raise ValueError("its checksum is another")
-    return {path: _mask(i, *parts) for i, (path, *parts) in enumerate(zip(paths, shapes, bits, strict=True))}
+    return {path: _mask(i, shapes[i], bits[i]) for i, path in enumerate(paths)}
 
 
 def _array(content: bytes, name: str) -> np.ndarray:
@@ -129,5 +129,5 @@ def _checksum(paths: list[str], shapes: list[tuple[int, ...]], bits: list[np.nda
     """Of all that a file holds, in its order (SHA-256)."""
     digest = hashlib.sha256(json.dumps([paths, shapes]).encode())
     for part in bits:
-        digest.update(part)
+        digest.update(part.data)
     return np.frombuffer(digest.digest(), np.uint8)

@@ -94,7 +94,7 @@ class Masks(Mapping[str, np.ndarray]):
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes the masks to `file` (`.npz`), 8 weights a byte; an existing file is replaced in one step.
 
-        The file holds `format`, `count` (of masks), `checksum` and, for the i-th mask, `path_i` (its key), `shape_i` and
+        The file holds `format`, `count` (of masks), `checksum`, and for the i-th mask `path_i` (its key), `shape_i` and
         `bits_i` (`numpy.packbits` of the flattened mask). `numpy.load` reads it without this package:
         `numpy.unpackbits(file["bits_0"], count=math.prod(file["shape_0"])).reshape(file["shape_0"])`.
         It is not compressed, so that what a file asks for when it is read is bounded by its size.

@@ -1,4 +1,4 @@
-"""Reads TF-Lite files, whole and damaged ones: what is wrong with a file is found here, before anything is done with it.
+"""Reads TF-Lite files, whole and damaged ones: what is wrong with a file is found here, before anything is done.
 
 Python's schema of LiteRT loops and allocates as a file says, so that only its tables of names are used.
 """
