@@ -242,11 +242,12 @@ def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, 
     encoded = any(tensor.encoding not in (None, "dense") for graph in graphs for tensor in graph.tensors)
     convolve = target in _SPARSE_CONVOLUTIONS
     running = {id(o) for o in chain.running} if convolve else set()
+    blocks: dict[int, int] = {}
     kernels = tuple(
-        _kernel(graph, operator, constant, _Names(graph, layers or {}).of(operator), id(operator) in running, target)
+        _kernel(graph, o, constant, _Names(graph, layers or {}).of(o), id(o) in running, target, blocks)
         for graph in graphs
-        for operator in graph.computing
-        if operator.kind in _WITH_KERNELS and (constant := graph.constant(operator.inputs[1])) is not None
+        for o in graph.computing
+        if o.kind in _WITH_KERNELS and (constant := graph.constant(o.inputs[1])) is not None
     )
     obstacles = []
     if convolve:
@@ -323,7 +324,15 @@ class _Names:
         return (own or known or names)[0]
 
 
-def _kernel(graph: Graph, operator: Operator, constant: Tensor, where: str, in_chain: bool, target: str) -> Kernel:
+def _kernel(
+    graph: Graph,
+    operator: Operator,
+    constant: Tensor,
+    where: str,
+    in_chain: bool,
+    target: str,
+    blocks: dict[int, int],
+) -> Kernel:
     direct = operator.kind == "FULLY_CONNECTED" and constant.encoding != "dense"
     direct = direct and not graph.runs_dense(operator.inputs[1]) and target != "microcontroller"
     computes_in = graph.tensors[operator.inputs[0]].dtype
@@ -334,14 +343,23 @@ def _kernel(graph: Graph, operator: Operator, constant: Tensor, where: str, in_c
         constant.dtype,
         computes_in,
         constant.encoding or "dense",
-        float(np.mean(constant.values == 0)),
-        _output_block(constant),
+        constant.num_zeros / constant.values.size,
+        _output_block(constant, blocks),
         in_chain or (direct and computes_in == constant.dtype),
     )
 
 
-def _output_block(kernel: Tensor) -> int:
-    """The block of output channels that XNNPACK would choose: the larger of 4 and 2 that is at least 9/10 full."""
+def _output_block(kernel: Tensor, known: dict[int, int]) -> int:
+    """The block of output channels that XNNPACK would choose: the larger of 4 and 2 that is at least 9/10 full.
+
+    `known` are those of kernels that were asked before: many operators may share one.
+    """
+    if id(kernel) not in known:
+        known[id(kernel)] = _fullest_block(kernel)
+    return known[id(kernel)]
+
+
+def _fullest_block(kernel: Tensor) -> int:
     matrix = kernel.values.reshape(kernel.shape[0], -1) != 0
     for size in (4, 2):
         blocks = matrix[: len(matrix) // size * size].reshape(-1, size, matrix.shape[1])

@@ -54,6 +54,11 @@ class Tensor:
         values = self._data.view(self.dtype)
         return values.reshape(self.shape) if self._sparse is None else self._sparse.decode(values)
 
+    @functools.cached_property
+    def num_zeros(self) -> int:
+        """How many of `values` are zero."""
+        return self.values.size - int(np.count_nonzero(self.values))
+
     @property
     def num_bytes(self) -> int:
         """The size of `values`; 0 if it is no constant."""

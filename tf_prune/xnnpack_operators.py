@@ -23,16 +23,20 @@ class ImageOperators:
 
     Attributes:
         graph: The file's.
+        outputs: Its tensors that are outputs of the graph.
         image: From the first convolution to where the last image is pooled.
     """
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self.outputs = frozenset(graph.outputs)
+        self._followers: dict[int, list[Operator]] = {}
         self._consumers: dict[int, list[Operator]] = {}
         for operator in graph.computing:
             for tensor in operator.inputs:
                 self._consumers.setdefault(tensor, []).append(operator)
         self.image = self._image_operators()
+        self._in_image = {id(operator) for operator in self.image}
 
     def is_pointwise(self, operator: Operator) -> bool:
         """Whether it is a 1x1 convolution."""
@@ -74,10 +78,11 @@ class ImageOperators:
 
     def followers(self, tensor: int) -> list[Operator]:
         """The operators that read a tensor; in the place of a padding the convolution that takes it in."""
-        found = []
-        for operator in self._consumers.get(tensor, []):
-            found += self._consumers[operator.outputs[0]] if self._is_taken_in(operator) else [operator]
-        return found
+        if tensor not in self._followers:
+            found = self._followers[tensor] = []
+            for operator in self._consumers.get(tensor, []):
+                found += self._consumers[operator.outputs[0]] if self._is_taken_in(operator) else [operator]
+        return self._followers[tensor]
 
     def before(self, tensor: int) -> Operator | None:
         """The operator that a tensor comes from; of a padding that a convolution takes in, the one before it."""
@@ -88,7 +93,7 @@ class ImageOperators:
 
     def _is_taken_in(self, operator: Operator) -> bool:
         """Whether a padding becomes the next convolution's own."""
-        if operator.kind != "PAD" or operator.outputs[0] in self.graph.outputs:
+        if operator.kind != "PAD" or operator.outputs[0] in self.outputs:
             return False
         amounts = self.graph.constant(operator.inputs[1])
         followers = self._consumers.get(operator.outputs[0], [])
@@ -194,7 +199,7 @@ class ImageOperators:
     def _reads_the_chain(self, operator: Operator) -> bool:
         """Whether its image comes from another image operator, and not straight from the model's inputs."""
         before = self.before(operator.inputs[0])
-        return any(before is other for other in self.image)
+        return id(before) in self._in_image
 
     def _judge_sum_or_product(self, operator: Operator) -> tuple[str, str] | None:
         if operator.kind == "ADD" and operator.inputs[0] == operator.inputs[1]:
