@@ -356,7 +356,7 @@ def test_what_is_no_file_of_masks_is_said(tmp_path):
     np.savez(tmp_path / "foreign.npz", weights=np.ones(3))
     (tmp_path / "text.npz").write_text("no masks here")
     (tmp_path / "empty.npz").write_bytes(b"")
-    for file in (tmp_path, *(tmp_path / f"{name}.npz" for name in ("foreign", "text", "empty"))):
+    for file in (tmp_path, "/dev/zero", *(tmp_path / f"{name}.npz" for name in ("foreign", "text", "empty"))):
         with pytest.raises(ValueError, match=r"not a whole file of masks"):
             Masks.load(file)
     with pytest.raises(FileNotFoundError):

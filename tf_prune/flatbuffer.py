@@ -37,7 +37,7 @@ class _Bytes:
 
     def count_table(self) -> None:
         """Counts a table that is read: it has 8 bytes at least, with the offset that refers to it."""
-        self.spend(8)
+        self.spend(16)
         self._tables_left -= 1
         if self._tables_left < 0:
             raise ValueError(f"it has more than {_MOST_TABLES:,} tables, which LiteRT does not read")

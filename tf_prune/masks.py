@@ -112,8 +112,10 @@ class Masks(Mapping[str, np.ndarray]):
             ValueError: If the file is damaged or is not a file of masks.
         """
         try:
+            if Path(file).exists() and not Path(file).is_file():
+                raise ValueError("it is a folder or a device")
             return cls(decode(Path(file).read_bytes()))
-        except (ValueError, IsADirectoryError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{os.fspath(file)!r} is not a whole file of masks ({error}). Expected a file written by Masks.save."
             ) from error

@@ -169,5 +169,7 @@ def _faults(graph: Graph, operator: Operator, waiting: set[int], num_graphs: int
         dtype = graph.tensors[operator.inputs[_INTEGERS[operator.kind]]].dtype
         if "int" not in dtype:
             yield f"its axes or amounts are {dtype}; expected integers"
-    if operator.kind in _KERNELS and not math.prod(graph.tensors[operator.inputs[1]].shape):
-        yield "its kernel has no weights"
+    if operator.kind in _KERNELS:
+        shape = graph.tensors[operator.inputs[1]].shape
+        if not shape or not math.prod(shape):
+            yield f"its kernel has the shape {list(shape)}; expected axes, and weights"
