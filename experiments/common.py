@@ -16,6 +16,7 @@ from absl import app, flags, logging
 import tf_prune
 from experiments import datasets, models
 from tf_prune.losses import LOSSES
+from tf_prune.whole_files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,9 +248,8 @@ def versions() -> dict[str, str]:
 def write_json(file: Path, content: Any) -> None:
     """Writes whole or not at all, so that an interrupted run leaves no half of a result."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(file)
+    with replacing_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def start(main: Callable[[], None]) -> None:

@@ -1,6 +1,11 @@
+import concurrent.futures
 import fractions
+import io
 import math
 import os
+import pathlib
+import tracemalloc
+import warnings
 import zipfile
 
 import hypothesis.extra.numpy as npst
@@ -9,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import damaged_files
+from tf_prune import mask_files
 from tf_prune.masks import Masks, masks_from_scores
 from tf_prune.scopes import check_sparsity, num_kept
 
@@ -185,35 +192,221 @@ def test_a_file_of_masks_is_plain_numpy_with_eight_weights_a_byte(tmp_path):
         assert arrays["bits_0"].nbytes == 4
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "text", "flipped"])
-def test_a_damaged_file_says_so(tmp_path, damage):
+def saved(folder, masks):
+    masks.save(folder / "masks.npz")
+    return (folder / "masks.npz").read_bytes()
+
+
+def write_members(file, change=lambda members: None, compression=zipfile.ZIP_STORED):
+    """Saves two masks, lets `change` edit a list of [name, array or bytes], and writes the file anew."""
+    Masks({"a": [[True, False]] * 5, "b": [True]}).save(file)
+    with np.load(file) as arrays:
+        members = [[name, arrays[name]] for name in arrays.files]
+    members = change(members) or members
+    with zipfile.ZipFile(file, "w", compression) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two members with one name
+        for name, value in members:
+            stream = io.BytesIO()
+            np.save(stream, value, allow_pickle=True) if isinstance(value, np.ndarray) else stream.write(value)
+            archive.writestr(f"{name}.npy", stream.getvalue())
+
+
+def first_format(masks):
+    arrays = {"format": np.array("tf_prune masks 1")}
+    for i, (path, mask) in enumerate(masks.items()):
+        arrays |= {f"path_{i}": np.array(path), f"shape_{i}": np.array(mask.shape), f"bits_{i}": np.packbits(mask)}
+    return arrays
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    masks = Masks({"a": np.random.default_rng(0).random((40, 30)) < 0.1, "b": np.zeros((3, 0), bool)})
+    np.savez_compressed(tmp_path / "masks.npz", **first_format(masks))
+    assert Masks.load(tmp_path / "masks.npz") == masks
+    # NumPy before 2.1 wrote the writer's argument, too.
+    members = [["allow_pickle", np.array(False)], *map(list, first_format(masks).items())]
+    write_members(tmp_path / "masks.npz", lambda _: members, zipfile.ZIP_DEFLATED)
+    assert Masks.load(tmp_path / "masks.npz") == masks
+    arrays = first_format(masks)
+    arrays["bits_0"] = arrays["bits_0"][:-1]
+    np.savez_compressed(tmp_path / "masks.npz", **arrays)
+    with pytest.raises(ValueError, match=r"mask 0 has 149 bytes for the shape \(40, 30\)"):
+        Masks.load(tmp_path / "masks.npz")
+
+
+def test_every_cut_and_many_flipped_bits_are_seen(tmp_path):
+    masks = Masks({"a": np.random.default_rng(0).random((5, 7)) < 0.5})
+    content = saved(tmp_path, masks)
     file = tmp_path / "masks.npz"
-    Masks({"a": np.random.default_rng(0).random((64, 64)) < 0.5}).save(file)
-    content = bytearray(file.read_bytes())
-    if damage == "truncated":
-        file.write_bytes(content[: len(content) // 2])
-    elif damage == "foreign":
-        np.savez(file, weights=np.ones(3))
-    elif damage == "text":
-        file.write_text("no masks here")
+    for size in range(0, len(content), 7):
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="not a whole file of masks"):
+            Masks.load(file)
+    generator = np.random.default_rng(0)
+    found = []
+    for place in generator.permutation(len(content))[:300]:
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(generator.integers(8))
+        found.append(damaged_files.loads_rightly(file, bytes(changed), masks))
+    assert 0 < sum(found) < len(found)
+
+
+def test_damaged_files_of_masks_are_refused_or_read_as_they_were(tmp_path):
+    masks, files = damaged_files.mask_files(tmp_path)
+    for kind, which, content in damaged_files.damaged(files, 200, seed=1):
+        damaged_files.loads_rightly(tmp_path / "damaged.npz", content, masks[which])
+        assert kind in damaged_files.MUTATIONS
+
+
+def replaced(name, value):
+    return lambda members: [[n, value(v) if n == name else v] for n, v in members]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m[:-3], r"holds 1 masks of 2"),
+        (lambda m: m[:-1], r"members are not those of"),
+        (lambda m: [*m, ["bits_2", np.zeros(1, np.uint8)]], r"members are not those of"),
+        (lambda m: [*m, m[-1]], r"two of its members have one name"),
+        (lambda m: [*m[:3], *m[6:], *m[3:6]], r"members are not those of"),
+        (replaced("path_1", lambda v: np.array("a")), r"two masks have one path"),
+        (replaced("path_1", lambda v: np.array("c")), r"its checksum is another"),
+        (replaced("path_1", lambda v: np.array(["b"])), r"'path_1' has the type <U1 and 1 axes"),
+        (replaced("bits_0", lambda v: v ^ 128), r"its checksum is another"),
+        (replaced("bits_0", lambda v: v | 1), r"its checksum is another"),
+        (replaced("shape_0", lambda v: v[::-1].copy()), r"its checksum is another"),
+        (replaced("shape_0", lambda v: v.astype(np.float64)), r"'shape_0' has the type <f8"),
+        (replaced("bits_0", lambda v: v.astype(object)), r"'bits_0' is not an array as NumPy writes them"),
+        (replaced("bits_0", lambda v: v.astype(">u2")), r"'bits_0' has the type >u2"),
+        (replaced("bits_0", lambda v: b""), r"'bits_0' is not an array"),
+        (replaced("format", lambda v: np.array("tf_prune masks 3")), r"its format is 'tf_prune masks 3'"),
+        (lambda m: m[1:], r"its format is None"),
+    ],
+)
+def test_members_that_are_changed_are_named(tmp_path, change, message):
+    write_members(tmp_path / "masks.npz", change)
+    with pytest.raises(ValueError, match=message):
+        Masks.load(tmp_path / "masks.npz")
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "message"),
+    [
+        ([-2, -4], 1, r"mask 0 has 1 bytes for the shape \(-2, -4\)"),
+        ([2**62, 2**62], 1, r"mask 0 has 1 bytes for the shape"),
+        ([1] * 70, 1, r"mask 0 has 70 axes"),
+        ([2**40] * 30_000, 1, r"mask 0 has 30,000 axes"),
+        ([3], 1, r"mask 0 has more than the 3 bits of its shape"),
+    ],
+)
+def test_a_checksum_that_is_right_does_not_make_shapes_right(tmp_path, shape, bits, message):
+    bits = np.full(bits, 255, np.uint8)
+    arrays = {"format": np.array("tf_prune masks 2"), "count": np.array(1)}
+    arrays["checksum"] = mask_files._checksum(["a"], [tuple(shape)], [bits])
+    np.savez(tmp_path / "m.npz", **arrays, path_0=np.array("a"), shape_0=np.array(shape, np.int64), bits_0=bits)
+    with pytest.raises(ValueError, match=message):
+        Masks.load(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_that_are_compressed_are_refused(tmp_path, compression):
+    write_members(tmp_path / "masks.npz", compression=compression)
+    with pytest.raises(ValueError, match="compressed"):
+        Masks.load(tmp_path / "masks.npz")
+
+
+def lying_header(size):
+    """A member whose header promises more than there is."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (size,)})
+    return stream.getvalue() + bytes(8)
+
+
+@pytest.mark.parametrize("kind", ["compressed zeros", "a header", "one member many times"])
+def test_no_file_asks_for_more_memory_than_its_size_justifies(tmp_path, kind):
+    file = tmp_path / "masks.npz"
+    if kind == "compressed zeros":
+        zeros = {"path_0": np.array("a"), "shape_0": np.array([2**29]), "bits_0": np.zeros(2**26, np.uint8)}
+        np.savez_compressed(file, format=np.array("tf_prune masks 1"), **zeros)
+    elif kind == "a header":
+        write_members(file, replaced("bits_0", lambda v: lying_header(2**50)))
     else:
+        write_members(file, replaced("bits_0", lambda v: np.zeros(10**6, np.uint8)))
+        content = file.read_bytes()
         with zipfile.ZipFile(file) as archive:
-            start = archive.getinfo("bits_0.npy").header_offset
-        content[start + 200] ^= 0xFF
-        file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"not a whole file of masks"):
-        Masks.load(file)
+            names = [info.filename.encode() for info in archive.infolist()]
+        start = content.index(b"PK\x01\x02")
+        entry = next(e for e in content[start:].split(b"PK\x01\x02") if b"bits_0" in e)
+        more = (b"PK\x01\x02" + entry) * 50
+        end = bytearray(content[content.index(b"PK\x05\x06") :])
+        total = (len(names) + 50).to_bytes(2, "little")
+        end[8:12] = total * 2
+        end[12:16] = (int.from_bytes(end[12:16], "little") + len(more)).to_bytes(4, "little")
+        file.write_bytes(content[: content.index(b"PK\x05\x06")] + more + end)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="not a whole file of masks"):
+            Masks.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 20 * file.stat().st_size + 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_no_file_of_masks_is_said(tmp_path):
+    np.savez(tmp_path / "foreign.npz", weights=np.ones(3))
+    (tmp_path / "text.npz").write_text("no masks here")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for file in (tmp_path, "/dev/zero", *(tmp_path / f"{name}.npz" for name in ("foreign", "text", "empty"))):
+        with pytest.raises(ValueError, match=r"not a whole file of masks"):
+            Masks.load(file)
+    with pytest.raises(FileNotFoundError):
+        Masks.load(tmp_path / "missing.npz")
+
+
+def test_a_file_that_may_not_be_read_keeps_its_error(tmp_path, monkeypatch):
+    def refusing(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refusing)
+    with pytest.raises(PermissionError):
+        Masks.load(tmp_path / "masks.npz")
+
+
+def test_a_path_that_numpy_would_cut_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ends in a zero character"):
+        Masks({"a\0": [True]}).save(tmp_path / "masks.npz")
+    assert os.listdir(tmp_path) == []
+    odd = Masks({"": [True], "\ud800\u00e9": [False], "a\0b": np.array(True)})
+    odd.save(tmp_path / "masks.npz")
+    assert Masks.load(tmp_path / "masks.npz") == odd
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "masks.npz"
     old = Masks({"a": [True, False]})
     old.save(file)
-    monkeypatch.setattr(np, "savez_compressed", lambda stream, **_: stream.write(b"half") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        Masks({"a": [False, False]}).save(file)
-    assert Masks.load(file) == old
-    assert os.listdir(tmp_path) == ["masks.npz"]
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                Masks({"a": [False, False]}).save(file)
+        assert Masks.load(file) == old
+        assert os.listdir(tmp_path) == ["masks.npz"]
+
+
+def test_threads_and_processes_save_to_one_file(tmp_path):
+    file = tmp_path / ("n" * 255)
+    choices = [Masks({"k": np.random.default_rng(i).random((50, 50)) < 0.5}) for i in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: choices[i % 4].save(file), range(80)))
+    assert Masks.load(file) in choices
+    assert os.listdir(tmp_path) == [file.name]
+
+
+def test_a_saved_file_may_be_read_by_those_who_may_read_others(tmp_path):
+    (tmp_path / "other").write_bytes(b"")
+    Masks({"a": [True]}).save(tmp_path / "masks.npz")
+    assert (tmp_path / "masks.npz").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("kind", ["normal", "mostly zero", "all equal", "negative", "two values"])
@@ -240,12 +433,3 @@ def test_many_scores_equal_a_stable_sort(kind, dtype, among):
         expected = np.zeros(flat.size, bool)
         expected[order[candidates[order]][:kept]] = True
         np.testing.assert_array_equal(flatten(masks), expected)
-
-
-def test_a_file_with_too_few_bits_is_an_error(tmp_path):
-    Masks({"a": np.ones((10, 10), bool)}).save(tmp_path / "whole.npz")
-    with np.load(tmp_path / "whole.npz") as whole:
-        arrays = {**dict(whole), "bits_0": whole["bits_0"][:1]}
-    np.savez(tmp_path / "short.npz", **arrays)
-    with pytest.raises(ValueError, match=r"not a whole file of masks \(mask 0 has 1 bytes"):
-        Masks.load(tmp_path / "short.npz")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tf_prune import placing
+from tf_prune.whole_files import replacing_file
 
 NAMES = ("folder", "model", "picture", "report")
 OLD = {"folder/part": "old", "model": "old", "picture": "old", "report": "old"}
@@ -328,21 +329,21 @@ def test_what_somebody_puts_there_between_a_kill_and_the_next_run_does_not_stop_
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     file, link = tmp_path / ("n" * 255), tmp_path / "link"
     link.symlink_to(file)
-    with placing.replacing_file(link) as temporary:
+    with replacing_file(link) as temporary:
         temporary.write_text("first")
-    with pytest.raises(ZeroDivisionError), placing.replacing_file(file) as temporary:
+    with pytest.raises(ZeroDivisionError), replacing_file(file) as temporary:
         fail_in(temporary)
     assert file.read_text() == "first"
     assert link.is_symlink()
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
-    with pytest.raises(FileNotFoundError, match=r"/no/report'"), placing.replacing_file(tmp_path / "no/report") as name:
+    with pytest.raises(FileNotFoundError, match=r"/no/report'"), replacing_file(tmp_path / "no/report") as name:
         name.write_text("")
     assert sorted(os.listdir(tmp_path)) == sorted([file.name, "link"])
 
 
 def test_a_device_is_written_to_as_it_is():
-    with placing.replacing_file(os.devnull) as name:
+    with replacing_file(os.devnull) as name:
         name.write_text("text")
     assert not Path(os.devnull).is_file()

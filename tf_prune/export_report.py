@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tf_prune.placing import replacing_file
 from tf_prune.sparse_inference import Explanation
+from tf_prune.whole_files import replacing_file
 from tf_prune.zeros import LayerSparsity
 
 _KERNELS_ON_A_PAGE = 24

@@ -6,20 +6,19 @@ model order. A score is always "larger = keep".
 
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tf_prune.mask_files import decode, encode
 from tf_prune.scopes import SCOPES, check_sparsity, kept_in_each, num_kept, too_few
+from tf_prune.whole_files import replacing_file
 
 Scores = Mapping[str, np.ndarray]
 
 _CHUNK = 1 << 18  # values at a time: what is computed on the way fits into a cache
-_FORMAT = "tf_prune masks 1"
 
 
 class Masks(Mapping[str, np.ndarray]):
@@ -95,52 +94,34 @@ class Masks(Mapping[str, np.ndarray]):
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes the masks to `file` (`.npz`), 8 weights a byte; an existing file is replaced in one step.
 
-        The file holds `format` and, for the i-th mask, `path_i` (its key), `shape_i` and `bits_i`
-        (`numpy.packbits` of the flattened mask): `numpy.load` reads it without this package.
+        The file holds `format`, `count` (of masks), `checksum`, and for the i-th mask `path_i` (its key), `shape_i` and
+        `bits_i` (`numpy.packbits` of the flattened mask). `numpy.load` reads it without this package:
+        `numpy.unpackbits(file["bits_0"], count=math.prod(file["shape_0"])).reshape(file["shape_0"])`.
+        It is not compressed, so that what a file asks for when it is read is bounded by its size.
+
+        Raises:
+            ValueError: If a path ends in a zero character.
         """
-        target = Path(file)
-        arrays: dict[str, Any] = {"format": np.array(_FORMAT)}
-        for i, (path, mask) in enumerate(self.items()):
-            arrays[f"path_{i}"] = np.array(path)
-            arrays[f"shape_{i}"] = np.array(mask.shape, np.int64)
-            arrays[f"bits_{i}"] = np.packbits(mask)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as stream:
-                np.savez_compressed(stream, allow_pickle=False, **arrays)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        content = encode(self)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(file) as temporary:
+            temporary.write_bytes(content)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "Masks":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, also in earlier versions.
 
         Raises:
             ValueError: If the file is damaged or is not a file of masks.
         """
         try:
-            with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                if str(arrays["format"]) != _FORMAT:
-                    raise ValueError(f"its format is {str(arrays['format'])!r}")
-                masks = {}
-                for i in range((len(arrays.files) - 1) // 3):
-                    shape = tuple(arrays[f"shape_{i}"])
-                    if arrays[f"bits_{i}"].size != -(-math.prod(shape) // 8):
-                        raise ValueError(f"mask {i} has {arrays[f'bits_{i}'].size} bytes for the shape {shape}")
-                    bits = np.unpackbits(arrays[f"bits_{i}"], count=math.prod(shape))
-                    masks[str(arrays[f"path_{i}"])] = bits.reshape(shape)
-        except FileNotFoundError:
-            raise
-        except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            if Path(file).exists() and not Path(file).is_file():
+                raise ValueError("it is a folder or a device")
+            return cls(decode(Path(file).read_bytes()))
+        except ValueError as error:
             raise ValueError(
                 f"{os.fspath(file)!r} is not a whole file of masks ({error}). Expected a file written by Masks.save."
             ) from error
-        return cls(masks)
 
 
 def check_finite(scores: Scores) -> None:

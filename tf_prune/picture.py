@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tf_prune.placing import replacing_file
 from tf_prune.spectrum import Spectrum
+from tf_prune.whole_files import replacing_file
 
 _COLORS = ("#3b6ea5", "#c8553d", "#5a9367", "#8a6bb1", "#b08a2e")
 _MOST_PATTERNS = 8

@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -71,27 +70,6 @@ def replacing(directory: str | os.PathLike[str], names: Collection[str], last: s
         for part in missing:
             with contextlib.suppress(OSError):
                 part.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def replacing_file(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a name beside `file`; what is written there takes the place of `file` in one step, or goes after an error.
-
-    A device or a pipe is written to as it is.
-    """
-    if os.path.exists(file) and not os.path.isfile(file):
-        yield Path(file)
-        return
-    target = Path(os.path.realpath(file))
-    temporary = target.with_name(f".{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = os.fspath(file)
         raise
 
 

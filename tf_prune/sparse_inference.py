@@ -24,7 +24,8 @@ from tf_prune.effective import check_not_quantized
 from tf_prune.evidence import check_masks_hold
 from tf_prune.prunable import check_call, check_model
 from tf_prune.saved_model import write_saved_model
-from tf_prune.tflite import Graph, Operator, Tensor, read
+from tf_prune.tflite import read
+from tf_prune.tflite_graph import Graph, Operator, Tensor
 from tf_prune.xnnpack import Chain, find_chain
 
 TARGETS = ("arm64", "arm32", "x86", "wasm", "microcontroller")
@@ -154,7 +155,8 @@ class Explanation:
                 kernel.where, kernel.operator, shape, kernel.dtype, kernel.encoding, f"{kernel.sparsity:.2%}", runs
             )
         with io.StringIO() as stream:
-            console = Console(file=stream, width=120)
+            # Names stand as they are in the file, brackets too.
+            console = Console(file=stream, width=120, markup=False, emoji=False)
             console.print(obstacles if self.obstacles else self.verdict)
             console.print(kernels)
             for line in self.advice:
@@ -243,11 +245,12 @@ def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, 
     encoded = any(tensor.encoding not in (None, "dense") for graph in graphs for tensor in graph.tensors)
     convolve = target in _SPARSE_CONVOLUTIONS
     running = {id(o) for o in chain.running} if convolve else set()
+    blocks: dict[int, int] = {}
     kernels = tuple(
-        _kernel(graph, operator, constant, _Names(graph, layers or {}).of(operator), id(operator) in running, target)
+        _kernel(graph, o, constant, _Names(graph, layers or {}).of(o), id(o) in running, target, blocks)
         for graph in graphs
-        for operator in graph.computing
-        if operator.kind in _WITH_KERNELS and (constant := graph.constant(operator.inputs[1])) is not None
+        for o in graph.computing
+        if o.kind in _WITH_KERNELS and (constant := graph.constant(o.inputs[1])) is not None
     )
     obstacles = []
     if convolve:
@@ -324,7 +327,15 @@ class _Names:
         return (own or known or names)[0]
 
 
-def _kernel(graph: Graph, operator: Operator, constant: Tensor, where: str, in_chain: bool, target: str) -> Kernel:
+def _kernel(
+    graph: Graph,
+    operator: Operator,
+    constant: Tensor,
+    where: str,
+    in_chain: bool,
+    target: str,
+    blocks: dict[int, int],
+) -> Kernel:
     direct = operator.kind == "FULLY_CONNECTED" and constant.encoding != "dense"
     direct = direct and not graph.runs_dense(operator.inputs[1]) and target != "microcontroller"
     computes_in = graph.tensors[operator.inputs[0]].dtype
@@ -335,14 +346,23 @@ def _kernel(graph: Graph, operator: Operator, constant: Tensor, where: str, in_c
         constant.dtype,
         computes_in,
         constant.encoding or "dense",
-        float(np.mean(constant.values == 0)),
-        _output_block(constant),
+        constant.num_zeros / constant.values.size,
+        _output_block(constant, blocks),
         in_chain or (direct and computes_in == constant.dtype),
     )
 
 
-def _output_block(kernel: Tensor) -> int:
-    """The block of output channels that XNNPACK would choose: the larger of 4 and 2 that is at least 9/10 full."""
+def _output_block(kernel: Tensor, known: dict[int, int]) -> int:
+    """The block of output channels that XNNPACK would choose: the larger of 4 and 2 that is at least 9/10 full.
+
+    `known` are those of kernels that were asked before: many operators may share one.
+    """
+    if id(kernel) not in known:
+        known[id(kernel)] = _fullest_block(kernel)
+    return known[id(kernel)]
+
+
+def _fullest_block(kernel: Tensor) -> int:
     matrix = kernel.values.reshape(kernel.shape[0], -1) != 0
     for size in (4, 2):
         blocks = matrix[: len(matrix) // size * size].reshape(-1, size, matrix.shape[1])

@@ -6,10 +6,11 @@ computes the whole chain channels first and sparse, or none of it (`xnn_subgraph
 `xnn_check_nchw_compatibility` in XNNPACK's `subgraph.c`).
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable
 
-from tf_prune.tflite import Graph, Operator
+from tf_prune.tflite_graph import Graph, Operator
 from tf_prune.xnnpack_operators import BY_MAKE_READY, CONVOLUTIONS, ENDS, POOLING, SEPARABLE, ImageOperators
 
 # XNNPACK does not take these, so that a part before them has no end of its own and stays dense (measured).
@@ -93,6 +94,12 @@ class _Search(ImageOperators):
     def __init__(self, graph: Graph):
         super().__init__(graph)
         self._judged = {id(operator): self.judge(operator) for operator in self.image}
+        self._readers: dict[int, list[Operator]] = {}
+        # The tensors that convolutions depend on.
+        self._before_convolutions: set[int] = set()
+        for operator in reversed(graph.computing):
+            if operator.kind in CONVOLUTIONS or not self._before_convolutions.isdisjoint(operator.outputs):
+                self._before_convolutions.update(operator.inputs)
         # Operators that XNNPACK does not take split the graph into pieces, which it sees one by one.
         self._levels: dict[int, int] = {}
         for operator in graph.computing:
@@ -107,7 +114,7 @@ class _Search(ImageOperators):
         judged = [(o, self._judged[id(o)]) for o in self.image if self._breaks(o)]
         breaks = [Finding("operator", o, *why) for o, why in judged if why is not None]
         for operator in self.image:
-            if self._joins(operator) and any(t in self.graph.outputs and self._joining(t) for t in operator.outputs):
+            if self._joins(operator) and any(t in self.outputs and self._joining(t) for t in operator.outputs):
                 why = "its output is also an output of the model", "compute that output from the end of the network"
                 breaks.append(Finding("operator", operator, *why))
         if not self._has_end():
@@ -148,8 +155,8 @@ class _Search(ImageOperators):
     def count(self, operators: Iterable[Operator]) -> tuple[int, int]:
         """How many weights the 1x1 kernels among them have, and how many are zero."""
         kernels = [self.graph.constant(o.inputs[1]) for o in operators if self.is_pointwise(o)]
-        values = [kernel.values for kernel in kernels if kernel is not None]
-        return sum(array.size for array in values), sum(int((array == 0).sum()) for array in values)
+        found = [kernel for kernel in kernels if kernel is not None]
+        return sum(kernel.values.size for kernel in found), sum(kernel.num_zeros for kernel in found)
 
     def _joins(self, operator: Operator) -> bool:
         return id(operator) in self._judged and self._judged[id(operator)] is None
@@ -165,16 +172,24 @@ class _Search(ImageOperators):
 
     def _parts(self) -> list[list[Operator]]:
         """The operators that join, in connected parts."""
-        parts: dict[int, list[Operator]] = {}
+        parts: dict[int, collections.deque[Operator]] = {}
         for operator in (o for o in self.image if self._joins(o)):
-            part = [operator]
-            if not self._is_stem(operator):
-                for before in filter(None, map(self.before, self.computed(operator))):
-                    if id(before) in parts and parts[id(before)] is not part:
-                        part = [*parts[id(before)], *part]
-                        parts.update((id(member), part) for member in part)
-            parts.update((id(member), part) for member in part)
-        return list({id(part): part for part in parts.values()}.values())
+            part = parts[id(operator)] = collections.deque([operator])
+            if self._is_stem(operator):
+                continue
+            for before in filter(None, map(self.before, self.computed(operator))):
+                other = parts.get(id(before), part)
+                if other is part:
+                    continue
+                # The smaller one joins the larger, or a deep network would take quadratic time.
+                if len(part) <= len(other):
+                    parts.update((id(member), other) for member in part)
+                    other.extend(part)
+                    part = other
+                else:
+                    parts.update((id(member), part) for member in other)
+                    part.extendleft(reversed(other))
+        return list({id(part): list(part) for part in parts.values()}.values())
 
     def _is_cut_off(self, operator: Operator) -> bool:
         """Whether an operator reads what is not of the chain, or what others read, too."""
@@ -185,7 +200,7 @@ class _Search(ImageOperators):
             if before is None or not self._joins(before):
                 return True
             source = before.outputs[0]
-            if source in self.graph.outputs or len(self._joining(source)) < len(self.followers(source)):
+            if source in self.outputs or len(self._joining(source)) < len(self.followers(source)):
                 return True
         return False
 
@@ -200,28 +215,21 @@ class _Search(ImageOperators):
             return [operator]
         if len(self.graph.tensors[output].shape) != 4 or self._joining(output) or operator.kind == "DEPTH_TO_SPACE":
             return []
-        if operator.kind in POOLING and output not in self.graph.outputs:
+        if operator.kind in POOLING and output not in self.outputs:
             return [o for o in self.followers(output) if o.kind not in ("RESHAPE", "SHAPE", "SQUEEZE")]
         return [operator]
 
     def _joining(self, tensor: int) -> list[Operator]:
         """Who reads a tensor within the chain; a stem reads from outside."""
-        return [o for o in self.followers(tensor) if self._joins(o) and not self._is_stem(o)]
+        if tensor not in self._readers:
+            self._readers[tensor] = [o for o in self.followers(tensor) if self._joins(o) and not self._is_stem(o)]
+        return self._readers[tensor]
 
     def _matters(self, operator: Operator) -> bool:
         """Whether it is amid the chain: convolutions follow, or it shares a tensor with an operator that joins."""
         shares = any(self._joining(t) for t in (*self.computed(operator), *operator.outputs))
-        if operator.kind in CONVOLUTIONS or shares:
-            return True
-        waiting, seen = list(operator.outputs), set()
-        while waiting:
-            for follower in self.followers(waiting.pop()):
-                if follower.kind in CONVOLUTIONS:
-                    return True
-                if id(follower) not in seen:
-                    seen.add(id(follower))
-                    waiting.extend(follower.outputs)
-        return False
+        follow = not self._before_convolutions.isdisjoint(operator.outputs)
+        return operator.kind in CONVOLUTIONS or shares or follow
 
     def _dtypes(self) -> list[Finding]:
         """XNNPACK's sparse kernels compute in floats; weights may be stored as float16."""

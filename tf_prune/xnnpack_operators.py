@@ -6,13 +6,9 @@ convolutions.
 
 import numpy as np
 
-from tf_prune.tflite import Graph, Operator
+from tf_prune.tflite_graph import UNARY, Graph, Operator
 
 CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
-_UNARY = (
-    *("ABS", "CEIL", "COS", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "RELU"),
-    *("RELU6", "RELU_0_TO_1", "RELU_N1_TO_1", "ROUND", "RSQRT", "SIN", "SQRT", "SQUARE", "TANH"),
-)
 POOLING = ("MEAN", "SUM")
 ENDS = (*POOLING, "DEPTH_TO_SPACE")
 _SAME = 0
@@ -27,16 +23,20 @@ class ImageOperators:
 
     Attributes:
         graph: The file's.
+        outputs: Its tensors that are outputs of the graph.
         image: From the first convolution to where the last image is pooled.
     """
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self.outputs = frozenset(graph.outputs)
+        self._followers: dict[int, list[Operator]] = {}
         self._consumers: dict[int, list[Operator]] = {}
         for operator in graph.computing:
             for tensor in operator.inputs:
                 self._consumers.setdefault(tensor, []).append(operator)
         self.image = self._image_operators()
+        self._in_image = {id(operator) for operator in self.image}
 
     def is_pointwise(self, operator: Operator) -> bool:
         """Whether it is a 1x1 convolution."""
@@ -78,10 +78,11 @@ class ImageOperators:
 
     def followers(self, tensor: int) -> list[Operator]:
         """The operators that read a tensor; in the place of a padding the convolution that takes it in."""
-        found = []
-        for operator in self._consumers.get(tensor, []):
-            found += self._consumers[operator.outputs[0]] if self._is_taken_in(operator) else [operator]
-        return found
+        if tensor not in self._followers:
+            found = self._followers[tensor] = []
+            for operator in self._consumers.get(tensor, []):
+                found += self._consumers[operator.outputs[0]] if self._is_taken_in(operator) else [operator]
+        return self._followers[tensor]
 
     def before(self, tensor: int) -> Operator | None:
         """The operator that a tensor comes from; of a padding that a convolution takes in, the one before it."""
@@ -92,7 +93,7 @@ class ImageOperators:
 
     def _is_taken_in(self, operator: Operator) -> bool:
         """Whether a padding becomes the next convolution's own."""
-        if operator.kind != "PAD" or operator.outputs[0] in self.graph.outputs:
+        if operator.kind != "PAD" or operator.outputs[0] in self.outputs:
             return False
         amounts = self.graph.constant(operator.inputs[1])
         followers = self._consumers.get(operator.outputs[0], [])
@@ -130,7 +131,7 @@ class ImageOperators:
             return "a single row or column is resized", "resize larger images"
         if kind in ("MINIMUM", "MAXIMUM") and any(self.graph.constant(t) is not None for t in operator.inputs):
             return None  # It clips.
-        if kind == "DEPTH_TO_SPACE" or (kind in _UNARY and self._ranks(operator) == [4]):
+        if kind == "DEPTH_TO_SPACE" or (kind in UNARY and self._ranks(operator) == [4]):
             return None
         return _OTHERS.get(
             kind, (f"{kind} is not among the operators that join", "leave it out, or put it behind the end")
@@ -198,7 +199,7 @@ class ImageOperators:
     def _reads_the_chain(self, operator: Operator) -> bool:
         """Whether its image comes from another image operator, and not straight from the model's inputs."""
         before = self.before(operator.inputs[0])
-        return any(before is other for other in self.image)
+        return id(before) in self._in_image
 
     def _judge_sum_or_product(self, operator: Operator) -> tuple[str, str] | None:
         if operator.kind == "ADD" and operator.inputs[0] == operator.inputs[1]:
