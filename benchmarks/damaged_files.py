@@ -30,6 +30,7 @@ from rich.table import Table
 
 import tf_prune
 from tf_prune import conversion, tflite, zeros
+from tf_prune.saved_model import write_saved_model
 
 _MUTATIONS = flags.DEFINE_integer("mutations", 10_000, "How many damaged files of each kind.", lower_bound=1)
 _SEED = flags.DEFINE_integer("mutation_seed", 0, "Of the damages.")
@@ -147,7 +148,7 @@ def _convert(model: keras.Model, dtype: str, encoding: str) -> bytes:
     x = np.random.default_rng(0).standard_normal((8, *model.input_shape[1:])).astype("float32")
     with tempfile.TemporaryDirectory() as folder:
         recurrent = any(isinstance(layer, layers.RNN) for layer in model.layers)
-        (name,) = conversion.write_saved_model(model, x, Path(folder), batch_size=1 if recurrent else None)
+        (name,) = write_saved_model(model, x, Path(folder), [(1 if recurrent else None, *x.shape[1:])])
         examples = [{name: example[None]} for example in x] if dtype == "int8" else None
         return conversion.convert(Path(folder), dtype=dtype, encoding=encoding, representative=examples)
 

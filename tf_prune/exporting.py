@@ -113,8 +113,8 @@ def export(
         check_installed()
     with replacing(directory, _ENTRIES, last="report.json") as work:
         source.write(work / "saved_model")
-        served = _compared_as_served(source, work / "saved_model", wanted, whole=not tflite)
         made = candidates(source, work / "saved_model", wanted) if tflite else None
+        served = _compared_as_served(source, work / "saved_model", wanted, whole=not tflite)
         report = _report(directory, work, batches, source, wanted, made, served, sweep)
         if made is not None:
             (work / "model.tflite").write_bytes(made.files[made.kept])

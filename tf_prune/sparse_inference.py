@@ -200,7 +200,7 @@ def explain(model: Any, target: str = "arm64") -> Explanation:
     return explain_graphs(read(_content(model, layers)), target, layers)
 
 
-def _content(model: Any, layers: Mapping[str, str]) -> bytes:
+def _content(model: Any, layers: Mapping[str, str] | None = None) -> bytes:
     if isinstance(model, bytes):
         return model
     if isinstance(model, (str, os.PathLike)):
