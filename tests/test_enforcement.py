@@ -31,7 +31,9 @@ OPTIMIZERS |= {
 }
 if hasattr(keras.optimizers, "MultiOptimizer"):
     OPTIMIZERS["multi"] = lambda: keras.optimizers.MultiOptimizer(
-        keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {".*head.*": keras.optimizers.Adam(0.1, use_ema=True)})
+        keras.optimizers.OptimizerMap(
+            keras.optimizers.SGD(0.1, momentum=0.9), {".*head.*": keras.optimizers.Adam(0.1, use_ema=True)}
+        )
     )
 
 
@@ -417,13 +419,17 @@ def test_masks_hold_in_the_averages_of_an_optimizer_that_the_model_does_not_know
     helpers.assert_masks_hold(model, masks)
 
 
-def test_an_average_from_before_the_pruning_is_masked_at_once():
-    model = compiled("mlp", OPTIMIZERS["ema"]())
-    fit(model)
+@pytest.mark.parametrize("optimizer", [name for name in ("ema", "loss_scaled_ema", "multi") if name in OPTIMIZERS])
+def test_what_an_optimizer_kept_for_pruned_weights_is_cleared_at_once(optimizer):
+    model = compiled("mlp", OPTIMIZERS[optimizer]())
+    fit(model, epochs=1)
     masks = tf_prune.prune(model, "magnitude", 0.7).masks
+    for mask in masks.values():
+        kept_for = [np.asarray(slot) for slot in model.optimizer.variables if slot.shape == mask.shape]
+        assert kept_for
+        assert all(not slot[~mask].any() and slot[mask].any() for slot in kept_for)
     model.optimizer.finalize_variable_values(model.trainable_variables)
-    for path, variable in tf_prune.find_prunable(model).prunable.items():
-        assert not np.asarray(variable)[~masks[path]].any()
+    helpers.assert_masks_hold(model, masks)
 
 
 def test_masks_are_told_also_of_frozen_layers():

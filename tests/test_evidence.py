@@ -56,6 +56,23 @@ def test_a_status_says_what_the_masks_are(tmp_path):
     tf_prune.masks_of(model)  # said once
 
 
+def test_kernels_of_which_nothing_was_pruned_are_told_to_have_masks_too(tmp_path):
+    model = mlp()
+    masks = tf_prune.prune(model, "magnitude", 0.75, scope={"b": 0.0}, verbose=0).masks
+    assert masks["sequential/b/kernel"].all()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_masks(tf_prune.masks_of(loaded), masks)
+    # But what has zeros of either sign is nobody's to tell, and a model with masks has those that it has.
+    loaded.layers[1].kernel.assign(loaded.layers[1].kernel * (ops.arange(4.0) > 1.0) * ops.ones((16, 1)))
+    loaded.layers[1].kernel.assign(loaded.layers[1].kernel * (np.random.default_rng(0).random((16, 4)) > 0.5))
+    with pytest.warns(UserWarning, match="exact zeros in .*b/kernel of which nobody can tell"):
+        assert [mask.shape for mask in tf_prune.masks_of(loaded).values()] == [(8, 16)]
+    only = mlp()
+    tf_prune.prune(only, "magnitude", 0.75, filters="a", verbose=0)
+    assert len(tf_prune.masks_of(only)) == 1
+
+
 @pytest.mark.parametrize(
     "constraint",
     [

@@ -12,7 +12,7 @@ from keras import layers
 import tf_prune
 from tests import helpers
 from tf_prune.prunable import find_prunable
-from tf_prune.structures import cut_into_groups
+from tf_prune.structures import Layout, cut_into_groups
 
 
 def one_layer(layer, shape):
@@ -250,6 +250,18 @@ def test_n_of_m_tightens_step_by_step_when_it_is_pruned_in_steps():
     ((_, mask),) = masks.items()
     assert (mask.reshape(2, 4, 6).sum(1) == 1).all()
     assert one_shot.num_kept == mask.sum() == 12
+
+
+@pytest.mark.parametrize(
+    ("m", "density", "kept"), [(4, 0.26, 2), (4, 0.75, 3), (4, 0.76, 4), (4, 0.1, 1), (25, 0.28, 7)]
+)
+def test_on_its_way_n_of_m_keeps_the_density_rounded_up_to_whole_weights(m, density, kept):
+    assert density != 0.28 or density * m > 7  # by the noise of floats alone
+    group = tf_prune.NofM(1, m).grouping(Layout("dense", (2 * m, 3), (2 * m, 3), (0,), (1,)))
+    scores = np.random.default_rng(0).random((2 * m, 3))
+    best = group.best_of_each(scores, np.ones(scores.shape, bool), density)
+    runs = scores.reshape(2, m, 3)
+    np.testing.assert_array_equal(best.reshape(runs.shape), runs >= np.sort(runs, 1)[:, [m - kept]])
 
 
 @pytest.mark.parametrize("scope", tf_prune.SCOPES)

@@ -169,6 +169,24 @@ def test_inputs_of_which_only_the_second_differs_are_looked_through():
         tf_prune.prune(model, MagnitudeOfOneBatch(), 1 - 40 / 192, ([np.ones((16, 3), "float32"), DATA[0]], DATA[1]))
 
 
+class InInference(layers.Layer):
+    """Passes its input on in inference alone."""
+
+    def call(self, x, training=False):
+        return 0 * x if training else x
+
+
+@pytest.mark.parametrize("norm", [layers.BatchNormalization(epsilon=1e-30), InInference()])
+def test_a_network_that_sees_its_input_in_training_or_in_inference_alone_raises_no_alarm(norm):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(16, name="hidden"), norm, layers.Dense(4, name="head")])
+    if isinstance(norm, layers.BatchNormalization):  # by its moving statistics the signal is lost beside the bias
+        model.layers[0].kernel.assign(model.layers[0].kernel * 1e-12)
+        model.layers[-1].bias.assign(np.ones(4))
+    outputs = [np.ptp(np.asarray(model(DATA[0], training=training)), axis=0).max() > 0 for training in (False, True)]
+    assert outputs in ([False, True], [True, False])
+    assert tf_prune.prune(model, MagnitudeOfOneBatch(), 0.25, DATA, scope="layerwise").sparsity == 0.25
+
+
 def test_inputs_of_different_lengths_raise_no_alarm():
     class Beside(Ends):
         def call(self, pair):
