@@ -26,7 +26,8 @@ import time
 import traceback
 from typing import Any
 
-import keras  # noqa: F401 - before the forks
+import hypothesis  # noqa: F401 - before the forks
+import keras  # noqa: F401
 import pytest
 import tensorflow as tf  # noqa: F401
 from absl import app, flags
@@ -136,7 +137,7 @@ def _answer(folder: pathlib.Path, arguments: list[str], answer: pathlib.Path) ->
             del sys.modules[name]
         watch = _Watch()
         builtins.__reached__ = watch.reached.add  # type: ignore[attr-defined]
-        code = pytest.main(["-n", "0", "-p", "no:cacheprovider", "-q", *arguments], plugins=[watch])
+        code = pytest.main(["-n", "0", "-p", "no:cacheprovider", "--assert=plain", "-q", *arguments], plugins=[watch])
         answer.write_text(json.dumps({"code": int(code), "failed": watch.failed, "tests": watch.tests}))
     except BaseException:
         traceback.print_exc()

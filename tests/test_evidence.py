@@ -68,9 +68,11 @@ def test_kernels_of_which_nothing_was_pruned_are_told_to_have_masks_too(tmp_path
     loaded.layers[1].kernel.assign(loaded.layers[1].kernel * (np.random.default_rng(0).random((16, 4)) > 0.5))
     with pytest.warns(UserWarning, match="exact zeros in .*b/kernel of which nobody can tell"):
         assert [mask.shape for mask in tf_prune.masks_of(loaded).values()] == [(8, 16)]
-    only = mlp()
-    tf_prune.prune(only, "magnitude", 0.75, filters="a", verbose=0)
-    assert len(tf_prune.masks_of(only)) == 1
+    parts = keras.Sequential([keras.Input((8,)), *(layers.Dense(8, name=name) for name in "abc")])
+    tf_prune.prune(parts, "magnitude", 0.75, filters="a", verbose=0)
+    assert list(tf_prune.masks_of(parts)) == [parts.layers[0].kernel.path]
+    parts.layers[1].kernel.assign(np.where(np.eye(8), parts.layers[1].kernel, -0.0))
+    assert [path[-8] for path in tf_prune.masks_of(parts)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

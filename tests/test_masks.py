@@ -47,7 +47,8 @@ def test_count_is_exact_for_every_decimal_sparsity(size, ten_thousandths):
 
 
 @pytest.mark.parametrize(
-    ("size", "sparsity", "kept"), [(1000, 0.9, 100), (1000, 1 - 0.1, 100), (7, 0.5, 3), (3, 2 / 3, 1)]
+    ("size", "sparsity", "kept"),
+    [(1000, 0.9, 100), (1000, 1 - 0.1, 100), (100, 0.07, 93), (25, 0.28, 18), (7, 0.5, 3), (3, 2 / 3, 1)],
 )
 def test_count_sets_float_noise_aside(size, sparsity, kept):
     assert num_kept(size, sparsity) == kept
@@ -136,7 +137,7 @@ def test_a_score_that_is_not_finite_names_its_layer(value):
         masks_from_scores({"a": np.ones(3), "b": np.array([1.0, value])}, 0.5)
 
 
-@pytest.mark.parametrize("sparsity", [95, -0.1, float("nan"), 1.0, float("inf"), "0.9", None, True])
+@pytest.mark.parametrize("sparsity", [95, -0.1, float("nan"), 1.0, float("inf"), "0.9", None, True, False])
 def test_a_wrong_sparsity_says_what_it_got(sparsity):
     with pytest.raises(ValueError, match=r"sparsity must be .* got"):
         check_sparsity(sparsity)
@@ -145,6 +146,9 @@ def test_a_wrong_sparsity_says_what_it_got(sparsity):
 def test_a_percentage_gets_a_hint():
     with pytest.raises(ValueError, match=r"Did you mean 0\.95\?"):
         check_sparsity(95)
+    for none in (1.0, 100.0):  # 0.01 is not what was meant, and 1.0 is no sparsity either
+        with pytest.raises(ValueError, match=rf"got {none}\.$"):
+            check_sparsity(none)
 
 
 def test_an_unknown_scope_says_which_there_are():

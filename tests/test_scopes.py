@@ -90,7 +90,7 @@ def test_erk_on_lenet_300_100_is_its_closed_form():
     # Densities e (in + out) / (in out): 1084, 400 and 110 shares, of which the last kernel would be more than full.
     shapes = {"a": (784, 300), "b": (300, 100), "c": (100, 10)}
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    kept = kept_in_each("erk", 0.9, sizes, shapes, sizes)
+    kept = kept_in_each("erk", 0.9, sizes, shapes, sizes, None, or_fewer=False)
     total = 26620
     assert sum(kept.values()) == total
     assert kept["c"] == 1000
