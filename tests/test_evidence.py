@@ -279,6 +279,22 @@ def test_a_restored_denser_epoch_is_said():
     assert zeros(model) == pytest.approx(0.9, abs=0.01)
 
 
+def test_weights_that_a_callback_writes_are_masked_before_the_next_one_sees_them():
+    class Write(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.set_weights(dense)
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(zeros(self.model))
+
+    model, seen = mlp(), []
+    dense = model.get_weights()
+    with pytest.warns(UserWarning, match="were set to zero"):
+        fit(model, callbacks=[Write(), tf_prune.MagnitudePruning(0.5, verbose=0), Look()])
+    assert seen == [0.5]
+
+
 def test_weights_that_the_masks_forbid_are_not_measured():
     model = mlp()
     dense = model.get_weights()

@@ -506,17 +506,18 @@ def test_a_temperature_for_each_of_several_outputs():
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind"),
+    ("loss", "kind", "name"),
     [
-        (Weighted(), keras.Model),
-        ("mse", keras.Model),
-        ([cross_entropy(), "mse"], keras.Model),
-        (cross_entropy(), OwnLoss),
+        (Weighted(), keras.Model, "'sparse_categorical_crossentropy'"),
+        ("mse", keras.Model, "'mse'"),
+        ([cross_entropy(), "mse"], keras.Model, "'sparse_categorical_crossentropy', 'mse'"),
+        (cross_entropy(), OwnLoss, "the model's own compute_loss"),
     ],
     ids=["a subclass", "no cross-entropy", "one of two", "a compute_loss of its own"],
 )
-def test_a_temperature_of_another_loss_is_refused(loss, kind):
-    with pytest.raises(ValueError, match="A temperature of 200 divides the logits of a cross-entropy, but the loss is"):
+def test_a_temperature_of_another_loss_is_refused(loss, kind, name):
+    message = rf"A temperature of 200 divides the logits of a cross-entropy, but the loss is {name}\."
+    with pytest.raises(ValueError, match=message):
         tf_prune.score(two_heads(loss, kind=kind), "grasp", (X, TWO_LABELS))
 
 

@@ -97,6 +97,13 @@ def test_erk_on_lenet_300_100_is_its_closed_form():
     assert kept["a"] == pytest.approx((total - 1000) * 1084 / 1484, abs=1)
 
 
+@pytest.mark.parametrize(("floors", "kept"), [((8, 0), [9, 1]), ((8, 2), [8, 2]), ((8, 8), [5, 5])])
+def test_what_is_kept_in_any_case_counts_before_the_rest_is_shared_out_unless_it_is_too_much(floors, kept):
+    sizes, shapes = {"a": 10, "b": 10}, {"a": (2, 5), "b": (2, 5)}
+    counts = kept_in_each("uniform", 0.5, sizes, shapes, sizes, dict(zip("ab", floors, strict=True)), or_fewer=False)
+    assert list(counts.values()) == kept
+
+
 def test_a_table_says_it_for_some_kernels_and_the_sparsity_is_that_of_the_others():
     scores = {path: np.arange(10.0) for path in "abc"}
     masks = masks_from_scores(scores, 0.5, {"a": 0.9, "c": 0.0})

@@ -34,7 +34,7 @@ class _OnLogits(keras.losses.Loss):
         known = getattr(outputs, "_keras_logits", None)
         if self._ends_in_logits or (self._ends_in_logits is None and known is None):
             return outputs
-        return log_odds(outputs, self._binary or outputs.shape[-1] == 1) if known is None else known
+        return log_odds(outputs, self._binary) if known is None else known
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         if self._binary or y_pred.shape[-1] == 1:
