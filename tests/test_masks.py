@@ -220,30 +220,54 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["masks.npz"]
 
 
-@pytest.mark.parametrize("kind", ["normal", "mostly zero", "all equal", "negative", "two values"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize("among", [False, True])
+KINDS = ["normal", "mostly zero", "all equal", "negative", "two values", "every 64th"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "among"),
+    [
+        *((kind, np.float32, among) for kind in KINDS for among in (False, True)),
+        *(("normal", dtype, among) for dtype in (np.float64, np.float16) for among in (False, True)),
+    ],
+)
 def test_many_scores_equal_a_stable_sort(kind, dtype, among):
-    # Several chunks, digits beyond the first 16 bits, and ties across arrays.
+    # So many that a sample brackets the last one kept, in several chunks; digits beyond the first 16 bits, and ties
+    # across arrays. Where there are ties the bracket is given up; where every 64th is large, the sample is wrong.
     generator = np.random.default_rng(0)
-    flat = generator.standard_normal(700_000)
+    flat = generator.standard_normal(1_200_000)
     flat = {
         "normal": flat,
         "mostly zero": np.where(flat > 1.5, flat, 0.0),
         "all equal": np.full_like(flat, 0.1),
         "negative": -np.abs(flat),
         "two values": np.where(flat > 0, -1e-3, -1.0),
+        "every 64th": np.where(np.arange(flat.size) % 64, flat, flat + 10),
     }[kind].astype(dtype)
-    scores = {"a": flat[:300_000], "b": flat[300_000:300_003], "c": flat[300_003:].reshape(-1, 1)}
+    scores = {"a": flat[:640_000], "b": flat[640_000:640_064], "c": flat[640_064:].reshape(-1, 1)}
     allowed = {path: generator.random(score.shape) < 0.7 for path, score in scores.items()} if among else None
+    candidates = flatten(allowed) if among else np.ones(flat.size, bool)
+    order = np.argsort(-flat.astype(np.float64), kind="stable")
     for sparsity in (0.35, 0.9, 0.999):
         masks = masks_from_scores(scores, sparsity, among=allowed)
         kept = num_kept(flat.size, sparsity)
-        candidates = flatten(allowed) if among else np.ones(flat.size, bool)
-        order = np.argsort(-flat.astype(np.float64), kind="stable")
         expected = np.zeros(flat.size, bool)
         expected[order[candidates[order]][:kept]] = True
         np.testing.assert_array_equal(flatten(masks), expected)
+
+
+@given(SCORES, SPARSITIES, st.integers(0, 2**32 - 1))
+def test_some_candidates_are_kept_before_all_others(scores, sparsity, seed):
+    generator = np.random.default_rng(seed)
+    among = {path: generator.random(score.shape) < 0.8 for path, score in scores.items()}
+    first = {path: mask & (generator.random(mask.shape) < 0.5) for path, mask in among.items()}
+    kept, flat = num_kept(sum(score.size for score in scores.values()), sparsity), flatten(scores).astype(np.float64)
+    if not 0 < kept <= flatten(among).sum():
+        return
+    masks = masks_from_scores(scores, sparsity, among=among, first=first)
+    order = np.lexsort((-flat, ~flatten(first), ~flatten(among)))
+    expected = np.zeros(flat.size, bool)
+    expected[order[:kept]] = True
+    np.testing.assert_array_equal(flatten(masks), expected)
 
 
 def test_a_file_with_too_few_bits_is_an_error(tmp_path):
