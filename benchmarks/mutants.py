@@ -4,16 +4,17 @@
 
 Works on a copy of the repository. First each test file runs once with a module that notes which lines each test
 reaches, and how long it takes. Then, for each of a seeded sample of mutants, the tests that reach its line run from the
-quickest to the slowest, one of each function before the second of any, until one fails or `--seconds` of tests are
-over. Each run is a fork of a process that has TensorFlow imported. What was measured is kept in `--results`, so that a
-run that was stopped goes on, and a larger `--mutants` or `--seconds` adds to it: a survivor that there were more tests
-for is tried again.
+quickest to the slowest, one of each way through the module before the second of any, until one fails or `--seconds` of
+tests are over. Each run is a fork of a process that has TensorFlow imported. What was measured is kept in `--results`:
+a run that was stopped goes on, and a larger `--mutants` or `--seconds`, or new tests, add to it: a survivor that other
+tests are chosen for is tried again.
 """
 
 import ast
 import builtins
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -160,14 +161,15 @@ def _measure(folder: pathlib.Path) -> None:
         shutil.copy(file, folder / "tf_prune" / file.name)
 
 
-def _tests_of(line: tuple[str, int], tests: list[dict[str, Any]], seconds: float) -> tuple[list[str], float, bool]:
+def _tests_of(module: str, line: int, tests: list[dict[str, Any]], seconds: float) -> tuple[list[str], float, bool]:
     """The tests that reach the line, within so many seconds; how long they take; whether there are more."""
-    functions = collections.Counter[str]()
+    ways = collections.Counter[tuple[int, ...]]()
     ranked = []
-    for test in sorted((one for one in tests if list(line) in one["reached"]), key=lambda one: one["seconds"]):
-        function = test["test"].split("[")[0]
-        ranked.append((functions[function], test["seconds"], test["test"]))
-        functions[function] += 1
+    for test in sorted(tests, key=lambda one: one["seconds"]):
+        way = tuple(number for name, number in test["reached"] if name == module)
+        if line in way:
+            ranked.append((ways[way], test["seconds"], test["test"]))
+            ways[way] += 1
     chosen, total = [], 0.0
     for _, cost, name in sorted(ranked):
         if total + cost <= seconds or not chosen:
@@ -177,8 +179,8 @@ def _tests_of(line: tuple[str, int], tests: list[dict[str, Any]], seconds: float
 
 
 def _try(folder: pathlib.Path, module: str, mutant: Mutant, tests: list[dict[str, Any]]) -> dict[str, Any]:
-    names, total, is_cut = _tests_of((module, mutant.line), tests, _SECONDS.value)
-    result = {"module": module, "line": mutant.line, "what": mutant.what, "tests": len(names), "cut": is_cut}
+    names, total, is_cut = _tests_of(module, mutant.line, tests, _SECONDS.value)
+    result = {"module": module, "line": mutant.line, "what": mutant.what, "tests": _digest(names), "cut": is_cut}
     if not names:
         return {**result, "outcome": "not reached", "by": "", "seconds": 0.0}
     (folder / "tf_prune" / f"{module}.py").write_text(mutant.source)
@@ -207,18 +209,21 @@ def _mutate(folder: pathlib.Path, module: str) -> None:
 
 
 def _has_more(before: dict[str, Any], mutant: Mutant, tests: list[dict[str, Any]]) -> bool:
-    """Whether a mutant that was not killed has more tests by now, or more time."""
+    """Whether a mutant that was not killed has other tests by now."""
     if before["outcome"] not in ("survived", "not reached"):
         return False
-    names, _, _ = _tests_of((before["module"], mutant.line), tests, _SECONDS.value)
-    return len(names) > before["tests"]
+    return _digest(_tests_of(before["module"], mutant.line, tests, _SECONDS.value)[0]) != before["tests"]
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.md5("\n".join(sorted(names)).encode()).hexdigest()[:8]
 
 
 def _check_control(
     folder: pathlib.Path, module: str, source: str, tests: list[dict[str, Any]], mutants: list[Mutant]
 ) -> None:
     """What is no mutant, written as mutants are, must pass: a test that fails of itself kills all."""
-    names = {name for mutant in mutants for name in _tests_of((module, mutant.line), tests, 0)[0]}
+    names = {name for mutant in mutants for name in _tests_of(module, mutant.line, tests, 0)[0]}
     (folder / "tf_prune" / f"{module}.py").write_text(ast.unparse(ast.parse(source)))
     found = _run(folder, sorted(names), 900) if names else {"code": 0}
     if found is None or found["code"] != 0:
