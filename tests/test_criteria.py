@@ -76,8 +76,8 @@ def test_counts_are_exact_and_a_layer_that_is_emptied_is_told(method, name, recw
     helpers.assert_masks_hold(model, report.masks)
 
 
-# The scope, the structure and the loop decide the counts, not the criterion inside: of those that are scored in one loop
-# one is enough where a model takes long.
+# The scope, the structure and the loop decide the counts, not the criterion inside: of the criteria of one loop, one is
+# enough where a model takes long.
 LOOPS = ("snip", "force", "iterative_snip", "synflow", "magnitude", "random")
 
 
