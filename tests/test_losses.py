@@ -12,6 +12,8 @@ from keras import layers, losses, ops
 
 import tf_prune
 from tests import helpers
+from tf_prune.terms import SUM as SUM_OF
+from tf_prune.terms import Mean
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.standard_normal((12, 5)).astype(np.float32)
@@ -462,6 +464,26 @@ def test_sums_means_and_penalties_of_unequal_batches_are_those_of_one(criterion,
     assert_same(many, one)
     if criterion == "snip":
         assert_same(one, gradient_of_fit(two_heads(loss, penalty=True), *data))
+
+
+def test_the_means_of_several_workers_added_up_are_the_mean_of_all_batches():
+    parts = [{"steps": (float(n), [X[n], REAL[n]]), SUM_OF: (1.0, [X[n] ** 2, REAL[n] ** 2])} for n in range(1, 7)]
+    whole, workers = Mean(), [Mean(), Mean(), Mean()]
+    for i, part in enumerate(parts):
+        whole.add(part)
+        workers[i % 3].add(part)
+    sums = [worker.as_sums() for worker in workers]
+    total = {
+        group: (
+            sum(one[group][0] for one in sums),
+            [sum(v) for v in zip(*(one[group][1] for one in sums), strict=True)],
+        )
+        for group in sums[0]
+    }
+    weighed = [sum(n * data[n] for n in range(1, 7)) / 21 + sum(data[1:7] ** 2) for data in (X, REAL)]
+    for value, other, expected in zip(Mean.of_sums(total).result(), whole.result(), weighed, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        np.testing.assert_allclose(other, expected, rtol=1e-5)
 
 
 def test_a_foreign_loss_that_says_it_sums_is_added_up():

@@ -316,7 +316,7 @@ def test_bad_input_says_what_is_wrong_and_changes_nothing(change, error, message
 
 
 @pytest.mark.filterwarnings("ignore")  # of tf_keras
-def test_a_legacy_model_is_refused_by_prune_score_and_export(tmp_path):
+def test_a_legacy_model_is_refused_by_all_that_takes_a_model(tmp_path):
     tf_keras = pytest.importorskip("tf_keras")
 
     class Mine(tf_keras.Sequential):
@@ -327,6 +327,10 @@ def test_a_legacy_model_is_refused_by_prune_score_and_export(tmp_path):
         lambda: tf_prune.prune(model, "magnitude", 0.5),
         lambda: tf_prune.score(model, "magnitude"),
         lambda: tf_prune.export(model, tmp_path / "out"),
+        lambda: tf_prune.apply_masks(model, {}),
+        lambda: tf_prune.masks_of(model),
+        lambda: tf_prune.remove_masks(model),
+        lambda: tf_prune.rewind(model, []),
     ]
     for call in calls:
         with pytest.raises(TypeError, match=r"Expected a keras\.Model .*Mine.*legacy Keras 2"):
