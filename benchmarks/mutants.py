@@ -56,6 +56,7 @@ _MUTANTS = flags.DEFINE_integer("mutants", 50, "How many of each module.", lower
 _SECONDS = flags.DEFINE_float("seconds", 60, "How long the tests for a mutant would take without it.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
 _RESULTS = flags.DEFINE_string("results", "mutants", "A folder of JSON lines.")
+_AGAIN = flags.DEFINE_bool("again", False, "Only tries those again that were not killed.")
 _TABLE = flags.DEFINE_bool("table", False, "Prints what is known, and runs nothing.")
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -200,7 +201,7 @@ def _mutate(folder: pathlib.Path, module: str) -> None:
     random.Random(_SEED.value).shuffle(mutants)
     for mutant in mutants[: _MUTANTS.value]:
         before = known.get((module, mutant.line, mutant.what))
-        if before and not _has_more(before, mutant, tests):
+        if not _has_more(before, mutant, tests) if before else _AGAIN.value:
             continue
         result = _try(folder, module, mutant, tests)
         _append("mutants.jsonl", result)

@@ -73,6 +73,11 @@ def test_kernels_of_which_nothing_was_pruned_are_told_to_have_masks_too(tmp_path
     assert list(tf_prune.masks_of(parts)) == [parts.layers[0].kernel.path]
     parts.layers[1].kernel.assign(np.where(np.eye(8), parts.layers[1].kernel, -0.0))
     assert [path[-8] for path in tf_prune.masks_of(parts)] == ["a", "b"]
+    # Masks that do not hold are worse than zeros that nobody can tell.
+    parts.layers[2].kernel.assign(parts.layers[2].kernel * (np.random.default_rng(0).random((8, 8)) > 0.5))
+    parts.layers[0].kernel.assign(np.ones((8, 8)))
+    with pytest.warns(UserWarning, match="do not hold"), pytest.warns(UserWarning, match="nobody can tell"):
+        assert tf_prune.masks_of(parts).status == "not holding"
 
 
 @pytest.mark.parametrize(

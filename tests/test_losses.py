@@ -377,8 +377,10 @@ def test_a_function_gets_all_outputs_where_targets_are_not_theirs():
 
 @pytest.mark.parametrize("loss", [FUNCTIONS["lambda"], Power(2, name="my loss!")], ids=["lambda", "name"])
 def test_a_name_that_is_no_scope_leaves_nothing_in_the_paths_of_later_variables(loss):
+    name = getattr(loss, "name", None)
     tf_prune.score(build("logits", "mse"), "snip", (X, REAL), loss)
     assert keras.Variable(0.0, name="next").path == "next"
+    assert getattr(loss, "name", None) == name
 
 
 # -- several batches -------------------------------------------------------------------------------
@@ -601,6 +603,15 @@ def test_the_compiled_loss_and_the_regularizers_stay_as_they_were(fails):
     assert "call" not in vars(loss)
     assert model.layers[1].kernel.regularizer is regularizer is not None
     model.fit(X, TWO, verbose=0)
+
+
+def test_a_call_that_somebody_put_on_a_loss_counts_and_stays():
+    loss = Power(1)
+    own = loss.call = lambda y_true, y_pred: ops.mean((y_true - y_pred) ** 2, -1)
+    assert_same(
+        tf_prune.score(build("logits", loss), "snip", (X, REAL)), gradient_of_fit(build("logits", loss), X, REAL)
+    )
+    assert vars(loss)["call"] is own
 
 
 def test_many_models_are_scored_without_a_word_of_retracing(caplog):

@@ -342,6 +342,8 @@ def test_a_legacy_model_is_refused_by_all_that_takes_a_model(tmp_path):
     ("options", "message"),
     [
         ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
+        ({"num_steps": 2.5}, "num_steps must be an integer of at least 1, got 2.5"),
+        ({"num_steps": True}, "num_steps must be an integer of at least 1, got True"),
         ({"schedule": "quadratic"}, "schedule must be one of .*, got .quadratic."),
         ({"num_batches": 0}, "num_batches must be at least 1"),
     ],
