@@ -640,6 +640,12 @@ def test_what_goes_wrong_in_a_loss_of_ones_own_is_said_with_the_data():
     with pytest.raises(ValueError, match=r"x is float32\[12, 5\].*the loss is 'wrong'.*no_such_thing"):
         tf_prune.score(build("logits", wrong), "snip", (X, REAL))
 
+    def wordy(y_true, y_pred):
+        raise RuntimeError("first\nthe very cause\n  \n")
+
+    with pytest.raises(ValueError, match=r"The cause: the very cause$"):
+        tf_prune.score(build("logits", wordy), "snip", (X, REAL))
+
 
 def test_helpers_models_score_as_fit_would():
     for name in ("subclassed", "residual"):

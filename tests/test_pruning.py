@@ -299,6 +299,7 @@ def test_a_progress_bar_shows_each_step_unless_silent(capsys):
     assert "sparsity: 0.9" in shown
     tf_prune.prune(helpers.build("mlp"), method, 0.9, helpers.batch(), verbose=0)
     tf_prune.prune(helpers.build("mlp"), "snip", 0.9, helpers.batch(), verbose=1)
+    tf_prune.prune(helpers.build("mlp"), "snip", 0.9, [helpers.batch()] * 2, verbose=0)
     assert capsys.readouterr().out == ""
 
 
