@@ -207,8 +207,8 @@ def _changes_of_calls(node: ast.Call) -> Iterator[Change]:
     attribute = "id" if isinstance(node.func, ast.Name) else "attr" if isinstance(node.func, ast.Attribute) else None
     if attribute and getattr(node.func, attribute) in _NAMED:
         yield lambda nodes: setattr(nodes[-1].func, attribute, _NAMED[getattr(nodes[-1].func, attribute)])
-    is_known = attribute == "id" and node.func.id in ("min", "max", "isinstance")
-    if len(node.args) == 2 and not is_known and not any(isinstance(arg, ast.Starred) for arg in node.args):
+    is_symmetric = attribute and getattr(node.func, attribute) in ("min", "max", "minimum", "maximum", "isinstance")
+    if len(node.args) == 2 and not is_symmetric and not any(isinstance(arg, ast.Starred) for arg in node.args):
         yield lambda nodes: nodes[-1].args.reverse()
     for i, keyword in enumerate(node.keywords):
         if keyword.arg is not None and keyword.arg not in _LEFT_ALONE:

@@ -500,6 +500,31 @@ def test_a_foreign_loss_that_says_it_sums_is_added_up():
     assert_same(tf_prune.score(build("logits", Foreign()), "snip", cut(data, 5, 6)), expected)
 
 
+def test_a_function_that_gives_one_number_is_a_mean_over_the_examples():
+    def one_number(y_true, y_pred):
+        return ops.mean(ops.square(y_true - y_pred))
+
+    expected = gradient_of_fit(build("logits", one_number), X, REAL)
+    assert_same(tf_prune.score(build("logits", one_number), "snip", cut((X, REAL), 5, 6)), expected)
+
+
+class Mixed(keras.Model):
+    """Calls the compiled loss twice, as mixing of labels does."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        compiled = super().compute_loss
+        return compiled(x, y, y_pred, sample_weight) + 0.5 * compiled(x, [3 * one for one in y], y_pred, sample_weight)
+
+
+@pytest.mark.parametrize(
+    "loss", [SUM, losses.MeanSquaredError(reduction="mean_with_sample_weight")], ids=["sum", "mean"]
+)
+def test_a_compute_loss_that_calls_the_compiled_one_twice_is_of_all_batches(loss):
+    data = (X, TWO, [WEIGHT, X[:, 0] ** 2])
+    expected = gradient_of_fit(two_heads(loss, kind=Mixed), *data)
+    assert_same(tf_prune.score(two_heads(loss, kind=Mixed), "snip", cut(data, 5, 6)), expected)
+
+
 # -- logits, temperature, precision ----------------------------------------------------------------
 
 
