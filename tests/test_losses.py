@@ -488,12 +488,13 @@ def test_the_means_of_several_workers_added_up_are_the_mean_of_all_batches():
         np.testing.assert_allclose(other, expected, rtol=1e-5)
 
 
-def test_a_foreign_loss_that_says_it_sums_is_added_up():
+@pytest.mark.parametrize("axis", [None, -1])  # what it does not sum, Keras averages, whatever it says
+def test_a_foreign_loss_that_says_it_sums_is_added_up_where_it_does(axis):
     class Foreign:
         reduction = "sum"
 
         def __call__(self, y_true, y_pred):
-            return tf.reduce_sum(tf.square(y_true - y_pred))
+            return tf.reduce_sum(tf.square(y_true - y_pred), axis)
 
     data = (X, REAL)
     expected = gradient_of_fit(build("logits", Foreign()), *data)
@@ -506,6 +507,14 @@ def test_a_function_that_gives_one_number_is_a_mean_over_the_examples():
 
     expected = gradient_of_fit(build("logits", one_number), X, REAL)
     assert_same(tf_prune.score(build("logits", one_number), "snip", cut((X, REAL), 5, 6)), expected)
+
+
+def test_padding_does_not_count_where_there_are_no_targets():
+    def square_of_outputs(y_true, y_pred):
+        return ops.mean(ops.square(y_pred), -1)
+
+    expected = gradient_of_fit(tagger(square_of_outputs), TOKENS, NEXT)
+    assert_same(tf_prune.score(tagger(square_of_outputs), "snip", (TOKENS, None)), expected)
 
 
 class Mixed(keras.Model):
