@@ -557,6 +557,29 @@ def test_a_loss_object_that_takes_logits_can_have_a_temperature():
     )
 
 
+def test_a_temperature_divides_logits_along_the_axis_of_the_loss():
+    def network(activation, **options):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((5,)), layers.Dense(12), layers.Reshape((4, 3)), activation])
+        model.compile("sgd", losses.CategoricalCrossentropy(axis=1, **options))
+        return model
+
+    data = (X, np.repeat(ONE_HOT[:, :, None], 3, 2))
+    one, other = (
+        tf_prune.score(model, tf_prune.GraSP(temperature=2.0), data)
+        for model in (network(layers.Softmax(axis=1)), network(layers.Identity(), from_logits=True))
+    )
+    assert_same(one, other)
+
+
+def test_a_temperature_divides_the_logits_of_a_loss_that_only_scoring_knows_once():
+    criterion = tf_prune.GraSP(temperature=2.0)
+    model = build("logits", losses.CategoricalCrossentropy(from_logits=True))
+    expected = tf_prune.score(model, criterion, (X, np.full((12, 4), 0.25, np.float32)))
+    assert_same(tf_prune.score(model, criterion, (X, None), "uniform"), expected)
+
+
 def test_a_temperature_for_each_of_several_outputs():
     by_name = {"main": cross_entropy(), "aux": cross_entropy()}
     one, other = (tf_prune.score(two_heads(loss), "grasp", (X, TWO_LABELS)) for loss in (cross_entropy(), by_name))

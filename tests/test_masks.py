@@ -171,6 +171,12 @@ def test_masks_cannot_be_changed_from_outside():
         masks["a"][0] = False
 
 
+def test_a_file_makes_its_folder(tmp_path):
+    masks = Masks({"a": [True, False]})
+    masks.save(tmp_path / "new" / "folder" / "masks.npz")
+    assert Masks.load(tmp_path / "new" / "folder" / "masks.npz") == masks
+
+
 @given(SCORES, st.integers(0, 2**32 - 1))
 def test_masks_survive_a_file(tmp_path_factory, scores, seed):
     generator = np.random.default_rng(seed)
