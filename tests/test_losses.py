@@ -288,7 +288,7 @@ def test_a_loss_that_is_given_takes_the_place_of_a_compute_loss_of_ones_own():
     ("loss", "weights", "as_dict", "y"),
     [
         ("mse", None, False, TWO),
-        (["mse", "mae"], [0.3, 2.0], False, TWO),
+        (["mse", "mae"], [0.3, 2.0], False, TABLE),
         slow([SUM, "mae"], None, False, TABLE),
         ({"main": "mse", "aux": SUM}, {"main": 0.3, "aux": 2.0}, True, TABLE),
         slow(losses.MeanSquaredError(reduction="none"), None, False, TWO),
@@ -321,6 +321,21 @@ def test_an_output_without_a_loss_scores_0_and_is_named_once(loss, as_dict, y):
     assert not scores["main/kernel"].any()
     plain = two_heads([None, "mae"])
     assert_same(scores, gradient_of_fit(plain, X, TWO))
+
+
+def test_tables_that_leave_out_an_output_go_by_names():
+    def three_heads(loss):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5,))
+        heads = [layers.Dense(units, name=name)(inputs) for units, name in ((3, "main"), (2, "aux"), (4, "rest"))]
+        model = keras.Model(inputs, heads)
+        model.compile("sgd", loss)
+        return model
+
+    with pytest.warns(UserWarning, match="does not depend on rest/kernel"):
+        scores = tf_prune.score(three_heads({"main": "mse", "aux": "mae"}), "snip", (X, TABLE))
+    assert_same(scores, gradient_of_fit(three_heads(["mse", "mae", None]), X, [*TWO, REAL]))
 
 
 def test_a_loss_that_reads_no_kernel_is_an_error():
@@ -557,12 +572,13 @@ def test_a_loss_object_that_takes_logits_can_have_a_temperature():
     )
 
 
-def test_a_temperature_divides_logits_along_the_axis_of_the_loss():
+@pytest.mark.parametrize("loss", [losses.CategoricalCrossentropy, losses.CategoricalFocalCrossentropy])
+def test_a_temperature_divides_logits_along_the_axis_of_the_loss(loss):
     def network(activation, **options):
         keras.utils.clear_session()
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((5,)), layers.Dense(12), layers.Reshape((4, 3)), activation])
-        model.compile("sgd", losses.CategoricalCrossentropy(axis=1, **options))
+        model.compile("sgd", loss(axis=1, **options))
         return model
 
     data = (X, np.repeat(ONE_HOT[:, :, None], 3, 2))
