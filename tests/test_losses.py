@@ -450,11 +450,26 @@ def test_batches_of_sequences_of_other_lengths_are_one():
     assert_same(tf_prune.score(tagger(cross_entropy(), steps=None), "snip", short), one)
 
 
-def test_elements_weigh_the_same_in_batches_of_any_shape():
+class Chain(keras.Model):
+    """Does not say which outputs it has."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+        self(X[None, :, :3])
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [lambda parts: keras.Sequential([keras.Input((None, 3)), *parts]), Chain])
+def test_elements_weigh_the_same_in_batches_of_any_shape(kind):
     def network():
         keras.utils.clear_session()
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((None, 3)), layers.Dense(4, "tanh"), layers.Dense(2)])
+        model = kind([layers.Dense(4, "tanh"), layers.Dense(2)])
         model.compile("sgd", "mse")
         return model
 
@@ -514,6 +529,14 @@ def test_a_foreign_loss_that_says_it_sums_is_added_up_where_it_does(axis):
     data = (X, REAL)
     expected = gradient_of_fit(build("logits", Foreign()), *data)
     assert_same(tf_prune.score(build("logits", Foreign()), "snip", cut(data, 5, 6)), expected)
+
+
+# Without weights the second is a mean over the elements.
+@pytest.mark.parametrize("reduction", ["none", "mean_with_sample_weight"])
+def test_what_is_not_reduced_is_added_up_and_a_mean_over_weights_needs_none(reduction):
+    loss = losses.MeanSquaredError(reduction=reduction)
+    expected = gradient_of_fit(build("logits", loss), X, REAL)
+    assert_same(tf_prune.score(build("logits", loss), "snip", cut((X, REAL), 5, 6)), expected)
 
 
 def test_a_function_that_gives_one_number_is_a_mean_over_the_examples():
