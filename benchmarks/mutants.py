@@ -187,7 +187,8 @@ def _try(folder: pathlib.Path, module: str, mutant: Mutant, tests: list[dict[str
     (folder / "tf_prune" / f"{module}.py").write_text(mutant.source)
     start = time.perf_counter()
     found = _run(folder, ["-x", *names], 120 + 6 * total)
-    outcome = "timed out" if found is None else "survived" if found["code"] == 0 else "killed"
+    outcomes = {0: "survived", 4: "tests are gone"}  # of those that were measured
+    outcome = "timed out" if found is None else outcomes.get(found["code"], "killed")
     by = "" if found is None else found["failed"] or str(found["code"])
     return {**result, "outcome": outcome, "by": by, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -211,7 +212,7 @@ def _mutate(folder: pathlib.Path, module: str) -> None:
 
 def _has_more(before: dict[str, Any], mutant: Mutant, tests: list[dict[str, Any]]) -> bool:
     """Whether a mutant that was not killed has other tests by now."""
-    if before["outcome"] not in ("survived", "not reached"):
+    if before["outcome"] in ("killed", "timed out"):
         return False
     return _digest(_tests_of(before["module"], mutant.line, tests, _SECONDS.value)[0]) != before["tests"]
 

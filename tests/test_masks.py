@@ -250,7 +250,7 @@ def test_many_scores_equal_a_stable_sort(kind, dtype, among):
         "every 64th": np.where(np.arange(flat.size) % 64, flat, flat + 10),
     }[kind].astype(dtype)
     scores = {"a": flat[:640_000], "b": flat[640_000:640_064], "c": flat[640_064:].reshape(-1, 1)}
-    allowed = {path: generator.random(score.shape) < 0.7 for path, score in scores.items()} if among else None
+    allowed = {path: generator.random(score.shape) < 0.95 for path, score in scores.items()} if among else None
     candidates = flatten(allowed) if among else np.ones(flat.size, bool)
     order = np.argsort(-flat.astype(np.float64), kind="stable")
     for sparsity in (0.35, 0.9, 0.999):

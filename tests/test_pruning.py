@@ -223,6 +223,11 @@ def test_a_network_that_no_longer_sees_its_input_is_a_warning(data):
     assert np.ptp(np.asarray(model(x)), axis=0).max() == 0
 
 
+def test_numbers_of_steps_are_those_of_the_papers():
+    steps = [make().num_steps for make in (tf_prune.FORCE, tf_prune.IterativeSNIP, tf_prune.GraSPIt, tf_prune.SynFlow)]
+    assert steps == [60, 60, 60, 100]
+
+
 class Scripted(tf_prune.Criterion):
     """At each step, one score for all of each kernel."""
 
