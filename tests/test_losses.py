@@ -623,6 +623,8 @@ def test_a_temperature_for_each_of_several_outputs():
     by_name = {"main": cross_entropy(), "aux": cross_entropy()}
     one, other = (tf_prune.score(two_heads(loss), "grasp", (X, TWO_LABELS)) for loss in (cross_entropy(), by_name))
     assert_same(one, other)
+    with pytest.warns(UserWarning, match="does not depend on main/kernel"):  # no loss needs no logits
+        assert tf_prune.score(two_heads([None, cross_entropy()]), "grasp", (X, TWO_LABELS))["aux/kernel"].any()
 
 
 @pytest.mark.parametrize(
