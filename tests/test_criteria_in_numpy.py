@@ -144,11 +144,16 @@ def test_one_logit_of_two_classes_is_two_logits_of_which_one_is_zero(loss):
     np.testing.assert_allclose(scores[2][:, 1:], scores[0], rtol=1e-5)
 
 
+class OwnBinary(keras.losses.BinaryCrossentropy):
+    """Counts as its parent."""
+
+
+@pytest.mark.parametrize("compiled", ["binary_crossentropy", OwnBinary()], ids=["by name", "a subclass"])
 @pytest.mark.parametrize("loss", ["uniform", "prediction", "quirk_raw_logit"])
-def test_several_binary_labels_are_each_two_classes(loss):
+def test_several_binary_labels_are_each_two_classes(loss, compiled):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "sigmoid")])
-    model.compile("sgd", "binary_crossentropy")
+    model.compile("sgd", compiled)
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((8, 4)).astype(np.float32), generator.integers(0, 2, (8, 3))
     kernel = np.asarray(model.layers[0].kernel, np.float64)

@@ -612,6 +612,17 @@ def test_a_temperature_divides_logits_along_the_axis_of_the_loss(loss):
     assert_same(one, other)
 
 
+def test_a_temperature_divides_the_logits_of_a_function_of_keras():
+    one, other = (
+        tf_prune.score(model, tf_prune.GraSP(temperature=2.0), (X, ONE_HOT))
+        for model in (
+            build("softmax", losses.categorical_focal_crossentropy),
+            build("logits", losses.CategoricalFocalCrossentropy(from_logits=True)),
+        )
+    )
+    assert_same(one, other)
+
+
 def test_a_temperature_divides_the_logits_of_a_loss_that_only_scoring_knows_once():
     criterion = tf_prune.GraSP(temperature=2.0)
     model = build("logits", losses.CategoricalCrossentropy(from_logits=True))
