@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_prune
 from tests import helpers
@@ -143,11 +144,16 @@ def test_one_logit_of_two_classes_is_two_logits_of_which_one_is_zero(loss):
     np.testing.assert_allclose(scores[2][:, 1:], scores[0], rtol=1e-5)
 
 
+class OwnBinary(keras.losses.BinaryCrossentropy):
+    """Counts as its parent."""
+
+
+@pytest.mark.parametrize("compiled", ["binary_crossentropy", OwnBinary()], ids=["by name", "a subclass"])
 @pytest.mark.parametrize("loss", ["uniform", "prediction", "quirk_raw_logit"])
-def test_several_binary_labels_are_each_two_classes(loss):
+def test_several_binary_labels_are_each_two_classes(loss, compiled):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "sigmoid")])
-    model.compile("sgd", "binary_crossentropy")
+    model.compile("sgd", compiled)
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((8, 4)).astype(np.float32), generator.integers(0, 2, (8, 3))
     kernel = np.asarray(model.layers[0].kernel, np.float64)
@@ -157,16 +163,44 @@ def test_several_binary_labels_are_each_two_classes(loss):
     np.testing.assert_allclose(scores, abs(kernel * (x.T @ error) / 24), rtol=1e-4, atol=1e-8)
 
 
-def test_one_logit_takes_labels_with_and_without_an_axis():
+@pytest.mark.parametrize("units", [1, 3])
+def test_labels_are_taken_with_and_without_an_axis(units):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    x, y = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), np.arange(6) % 2
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units)])
+    x, y = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), np.arange(6) % max(units, 2)
     one, other = (
         tf_prune.score(model, "snip", (x, labels), "quirk_raw_logit").popitem()[1] for labels in (y, y[:, None])
     )
     np.testing.assert_array_equal(one, other)
-    expected = abs(np.asarray(model.layers[0].kernel) * (x * y[:, None]).mean(0)[:, None])
-    np.testing.assert_allclose(one, expected, rtol=1e-5)
+    targets = y[:, None] if units == 1 else np.eye(3)[y]
+    np.testing.assert_allclose(one, abs(np.asarray(model.layers[0].kernel) * (x.T @ targets) / 6), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("units", "end", "compiled"),
+    [(1, tf.sigmoid, "mse"), (3, tf.sigmoid, "binary_crossentropy"), (3, tf.nn.softmax, "categorical_crossentropy")],
+)
+def test_probabilities_without_a_trace_of_their_logits_are_taken_back(units, end, compiled):
+    def build(activation, loss):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units, activation)])
+        model.compile("sgd", loss)
+        return model
+
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    is_binary = compiled == "binary_crossentropy"
+    of_logits = build(None, keras.losses.BinaryCrossentropy(from_logits=True) if is_binary else "mse")
+    of_probabilities = build(end, "binary_crossentropy" if units == 1 else compiled)
+    scores = [tf_prune.score(m, "snip", (x, None), "uniform").popitem()[1] for m in (of_logits, of_probabilities)]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4)
+
+
+def test_a_loss_that_only_scoring_knows_is_for_one_output():
+    x = keras.Input((4,))
+    model = keras.Model(x, [keras.layers.Dense(2)(x), keras.layers.Dense(3)(x)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"loss='uniform' is for a model of one output, and '.*' has 2"):
+        tf_prune.score(model, "snip", (np.ones((2, 4), np.float32), None), "uniform")
 
 
 def test_optimal_brain_damage_is_unbiased_with_the_variance_that_it_says(net):

@@ -31,7 +31,9 @@ OPTIMIZERS |= {
 }
 if hasattr(keras.optimizers, "MultiOptimizer"):
     OPTIMIZERS["multi"] = lambda: keras.optimizers.MultiOptimizer(
-        keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {".*head.*": keras.optimizers.Adam(0.1, use_ema=True)})
+        keras.optimizers.OptimizerMap(
+            keras.optimizers.SGD(0.1, momentum=0.9), {".*head.*": keras.optimizers.Adam(0.1, use_ema=True)}
+        )
     )
 
 

@@ -56,6 +56,30 @@ def test_a_status_says_what_the_masks_are(tmp_path):
     tf_prune.masks_of(model)  # said once
 
 
+def test_kernels_of_which_nothing_was_pruned_are_told_to_have_masks_too(tmp_path):
+    model = mlp()
+    masks = tf_prune.prune(model, "magnitude", 0.75, scope={"b": 0.0}, verbose=0).masks
+    assert masks["sequential/b/kernel"].all()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_masks(tf_prune.masks_of(loaded), masks)
+    # But what has zeros of either sign is nobody's to tell, and a model with masks has those that it has.
+    loaded.layers[1].kernel.assign(loaded.layers[1].kernel * (ops.arange(4.0) > 1.0) * ops.ones((16, 1)))
+    loaded.layers[1].kernel.assign(loaded.layers[1].kernel * (np.random.default_rng(0).random((16, 4)) > 0.5))
+    with pytest.warns(UserWarning, match="exact zeros in .*b/kernel of which nobody can tell"):
+        assert [mask.shape for mask in tf_prune.masks_of(loaded).values()] == [(8, 16)]
+    parts = keras.Sequential([keras.Input((8,)), *(layers.Dense(8, name=name) for name in "abc")])
+    tf_prune.prune(parts, "magnitude", 0.75, filters="a", verbose=0)
+    assert list(tf_prune.masks_of(parts)) == [parts.layers[0].kernel.path]
+    parts.layers[1].kernel.assign(np.where(np.eye(8), parts.layers[1].kernel, -0.0))
+    assert [path[-8] for path in tf_prune.masks_of(parts)] == ["a", "b"]
+    # Masks that do not hold are worse than zeros that nobody can tell.
+    parts.layers[2].kernel.assign(parts.layers[2].kernel * (np.random.default_rng(0).random((8, 8)) > 0.5))
+    parts.layers[0].kernel.assign(np.ones((8, 8)))
+    with pytest.warns(UserWarning, match="do not hold"), pytest.warns(UserWarning, match="nobody can tell"):
+        assert tf_prune.masks_of(parts).status == "not holding"
+
+
 @pytest.mark.parametrize(
     "constraint",
     [
@@ -258,6 +282,22 @@ def test_a_restored_denser_epoch_is_said():
     with pytest.warns(UserWarning, match="less sparse were restored"):
         fit(model, 5, callbacks=[gradual, Restore()])
     assert zeros(model) == pytest.approx(0.9, abs=0.01)
+
+
+def test_weights_that_a_callback_writes_are_masked_before_the_next_one_sees_them():
+    class Write(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.set_weights(dense)
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(zeros(self.model))
+
+    model, seen = mlp(), []
+    dense = model.get_weights()
+    with pytest.warns(UserWarning, match="were set to zero"):
+        fit(model, callbacks=[Write(), tf_prune.MagnitudePruning(0.5, verbose=0), Look()])
+    assert seen == [0.5]
 
 
 def test_weights_that_the_masks_forbid_are_not_measured():

@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+import tf_prune
 from tests import helpers
 from tf_prune.batches import Batches
 from tf_prune.gradients import Derivatives
@@ -352,9 +353,16 @@ def test_a_temperature_needs_a_cross_entropy():
 
 def test_a_generator_cannot_be_read_twice_and_says_so():
     model = helpers.build("mlp")
-    batches = Batches(helpers.batch(seed=i) for i in range(3))
-    with pytest.raises(ValueError, match="reads the data twice, but data is a generator"):
-        derivatives_of(model).hessian_gradient(batches)
+
+    def score(criterion, num_batches):
+        return tf_prune.score(model, criterion, (helpers.batch(seed=i) for i in range(num_batches)))
+
+    probes = tf_prune.OptimalBrainDamage
+    for criterion, times in ((tf_prune.GraSP(), "twice"), (probes(num_probes=2), "2 times")):
+        with pytest.raises(ValueError, match=f"reads the data {times}, but data is a generator"):
+            score(criterion, 2)
+    for criterion, num_batches in ((tf_prune.GraSP(), 1), (probes(num_probes=2), 1), (probes(num_probes=1), 3)):
+        assert score(criterion, num_batches)
 
 
 def test_a_layer_without_gradient_scores_0_and_is_named():

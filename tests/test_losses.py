@@ -12,6 +12,8 @@ from keras import layers, losses, ops
 
 import tf_prune
 from tests import helpers
+from tf_prune.terms import SUM as SUM_OF
+from tf_prune.terms import Mean
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.standard_normal((12, 5)).astype(np.float32)
@@ -286,7 +288,7 @@ def test_a_loss_that_is_given_takes_the_place_of_a_compute_loss_of_ones_own():
     ("loss", "weights", "as_dict", "y"),
     [
         ("mse", None, False, TWO),
-        (["mse", "mae"], [0.3, 2.0], False, TWO),
+        (["mse", "mae"], [0.3, 2.0], False, TABLE),
         slow([SUM, "mae"], None, False, TABLE),
         ({"main": "mse", "aux": SUM}, {"main": 0.3, "aux": 2.0}, True, TABLE),
         slow(losses.MeanSquaredError(reduction="none"), None, False, TWO),
@@ -319,6 +321,21 @@ def test_an_output_without_a_loss_scores_0_and_is_named_once(loss, as_dict, y):
     assert not scores["main/kernel"].any()
     plain = two_heads([None, "mae"])
     assert_same(scores, gradient_of_fit(plain, X, TWO))
+
+
+def test_tables_that_leave_out_an_output_go_by_names():
+    def three_heads(loss):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5,))
+        heads = [layers.Dense(units, name=name)(inputs) for units, name in ((3, "main"), (2, "aux"), (4, "rest"))]
+        model = keras.Model(inputs, heads)
+        model.compile("sgd", loss)
+        return model
+
+    with pytest.warns(UserWarning, match="does not depend on rest/kernel"):
+        scores = tf_prune.score(three_heads({"main": "mse", "aux": "mae"}), "snip", (X, TABLE))
+    assert_same(scores, gradient_of_fit(three_heads(["mse", "mae", None]), X, [*TWO, REAL]))
 
 
 def test_a_loss_that_reads_no_kernel_is_an_error():
@@ -375,8 +392,10 @@ def test_a_function_gets_all_outputs_where_targets_are_not_theirs():
 
 @pytest.mark.parametrize("loss", [FUNCTIONS["lambda"], Power(2, name="my loss!")], ids=["lambda", "name"])
 def test_a_name_that_is_no_scope_leaves_nothing_in_the_paths_of_later_variables(loss):
+    name = getattr(loss, "name", None)
     tf_prune.score(build("logits", "mse"), "snip", (X, REAL), loss)
     assert keras.Variable(0.0, name="next").path == "next"
+    assert getattr(loss, "name", None) == name
 
 
 # -- several batches -------------------------------------------------------------------------------
@@ -431,11 +450,26 @@ def test_batches_of_sequences_of_other_lengths_are_one():
     assert_same(tf_prune.score(tagger(cross_entropy(), steps=None), "snip", short), one)
 
 
-def test_elements_weigh_the_same_in_batches_of_any_shape():
+class Chain(keras.Model):
+    """Does not say which outputs it has."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+        self(X[None, :, :3])
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [lambda parts: keras.Sequential([keras.Input((None, 3)), *parts]), Chain])
+def test_elements_weigh_the_same_in_batches_of_any_shape(kind):
     def network():
         keras.utils.clear_session()
         keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((None, 3)), layers.Dense(4, "tanh"), layers.Dense(2)])
+        model = kind([layers.Dense(4, "tanh"), layers.Dense(2)])
         model.compile("sgd", "mse")
         return model
 
@@ -464,16 +498,78 @@ def test_sums_means_and_penalties_of_unequal_batches_are_those_of_one(criterion,
         assert_same(one, gradient_of_fit(two_heads(loss, penalty=True), *data))
 
 
-def test_a_foreign_loss_that_says_it_sums_is_added_up():
+def test_the_means_of_several_workers_added_up_are_the_mean_of_all_batches():
+    parts = [{"steps": (float(n), [X[n], REAL[n]]), SUM_OF: (1.0, [X[n] ** 2, REAL[n] ** 2])} for n in range(1, 7)]
+    whole, workers = Mean(), [Mean(), Mean(), Mean()]
+    for i, part in enumerate(parts):
+        whole.add(part)
+        workers[i % 3].add(part)
+    sums = [worker.as_sums() for worker in workers]
+    total = {
+        group: (
+            sum(one[group][0] for one in sums),
+            [sum(v) for v in zip(*(one[group][1] for one in sums), strict=True)],
+        )
+        for group in sums[0]
+    }
+    weighed = [sum(n * data[n] for n in range(1, 7)) / 21 + sum(data[1:7] ** 2) for data in (X, REAL)]
+    for value, other, expected in zip(Mean.of_sums(total).result(), whole.result(), weighed, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        np.testing.assert_allclose(other, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [None, -1])  # what it does not sum, Keras averages, whatever it says
+def test_a_foreign_loss_that_says_it_sums_is_added_up_where_it_does(axis):
     class Foreign:
         reduction = "sum"
 
         def __call__(self, y_true, y_pred):
-            return tf.reduce_sum(tf.square(y_true - y_pred))
+            return tf.reduce_sum(tf.square(y_true - y_pred), axis)
 
     data = (X, REAL)
     expected = gradient_of_fit(build("logits", Foreign()), *data)
     assert_same(tf_prune.score(build("logits", Foreign()), "snip", cut(data, 5, 6)), expected)
+
+
+# Without weights the second is a mean over the elements.
+@pytest.mark.parametrize("reduction", ["none", "mean_with_sample_weight"])
+def test_what_is_not_reduced_is_added_up_and_a_mean_over_weights_needs_none(reduction):
+    loss = losses.MeanSquaredError(reduction=reduction)
+    expected = gradient_of_fit(build("logits", loss), X, REAL)
+    assert_same(tf_prune.score(build("logits", loss), "snip", cut((X, REAL), 5, 6)), expected)
+
+
+def test_a_function_that_gives_one_number_is_a_mean_over_the_examples():
+    def one_number(y_true, y_pred):
+        return ops.mean(ops.square(y_true - y_pred))
+
+    expected = gradient_of_fit(build("logits", one_number), X, REAL)
+    assert_same(tf_prune.score(build("logits", one_number), "snip", cut((X, REAL), 5, 6)), expected)
+
+
+def test_padding_does_not_count_where_there_are_no_targets():
+    def square_of_outputs(y_true, y_pred):
+        return ops.mean(ops.square(y_pred), -1)
+
+    expected = gradient_of_fit(tagger(square_of_outputs), TOKENS, NEXT)
+    assert_same(tf_prune.score(tagger(square_of_outputs), "snip", (TOKENS, None)), expected)
+
+
+class Mixed(keras.Model):
+    """Calls the compiled loss twice, as mixing of labels does."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        compiled = super().compute_loss
+        return compiled(x, y, y_pred, sample_weight) + 0.5 * compiled(x, [3 * one for one in y], y_pred, sample_weight)
+
+
+@pytest.mark.parametrize(
+    "loss", [SUM, losses.MeanSquaredError(reduction="mean_with_sample_weight")], ids=["sum", "mean"]
+)
+def test_a_compute_loss_that_calls_the_compiled_one_twice_is_of_all_batches(loss):
+    data = (X, TWO, [WEIGHT, X[:, 0] ** 2])
+    expected = gradient_of_fit(two_heads(loss, kind=Mixed), *data)
+    assert_same(tf_prune.score(two_heads(loss, kind=Mixed), "snip", cut(data, 5, 6)), expected)
 
 
 # -- logits, temperature, precision ----------------------------------------------------------------
@@ -499,24 +595,62 @@ def test_a_loss_object_that_takes_logits_can_have_a_temperature():
     )
 
 
+@pytest.mark.parametrize("loss", [losses.CategoricalCrossentropy, losses.CategoricalFocalCrossentropy])
+def test_a_temperature_divides_logits_along_the_axis_of_the_loss(loss):
+    def network(activation, **options):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((5,)), layers.Dense(12), layers.Reshape((4, 3)), activation])
+        model.compile("sgd", loss(axis=1, **options))
+        return model
+
+    data = (X, np.repeat(ONE_HOT[:, :, None], 3, 2))
+    one, other = (
+        tf_prune.score(model, tf_prune.GraSP(temperature=2.0), data)
+        for model in (network(layers.Softmax(axis=1)), network(layers.Identity(), from_logits=True))
+    )
+    assert_same(one, other)
+
+
+def test_a_temperature_divides_the_logits_of_a_function_of_keras():
+    one, other = (
+        tf_prune.score(model, tf_prune.GraSP(temperature=2.0), (X, ONE_HOT))
+        for model in (
+            build("softmax", losses.categorical_focal_crossentropy),
+            build("logits", losses.CategoricalFocalCrossentropy(from_logits=True)),
+        )
+    )
+    assert_same(one, other)
+
+
+def test_a_temperature_divides_the_logits_of_a_loss_that_only_scoring_knows_once():
+    criterion = tf_prune.GraSP(temperature=2.0)
+    model = build("logits", losses.CategoricalCrossentropy(from_logits=True))
+    expected = tf_prune.score(model, criterion, (X, np.full((12, 4), 0.25, np.float32)))
+    assert_same(tf_prune.score(model, criterion, (X, None), "uniform"), expected)
+
+
 def test_a_temperature_for_each_of_several_outputs():
     by_name = {"main": cross_entropy(), "aux": cross_entropy()}
     one, other = (tf_prune.score(two_heads(loss), "grasp", (X, TWO_LABELS)) for loss in (cross_entropy(), by_name))
     assert_same(one, other)
+    with pytest.warns(UserWarning, match="does not depend on main/kernel"):  # no loss needs no logits
+        assert tf_prune.score(two_heads([None, cross_entropy()]), "grasp", (X, TWO_LABELS))["aux/kernel"].any()
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind"),
+    ("loss", "kind", "name"),
     [
-        (Weighted(), keras.Model),
-        ("mse", keras.Model),
-        ([cross_entropy(), "mse"], keras.Model),
-        (cross_entropy(), OwnLoss),
+        (Weighted(), keras.Model, "'sparse_categorical_crossentropy'"),
+        ("mse", keras.Model, "'mse'"),
+        ([cross_entropy(), "mse"], keras.Model, "'sparse_categorical_crossentropy', 'mse'"),
+        (cross_entropy(), OwnLoss, "the model's own compute_loss"),
     ],
     ids=["a subclass", "no cross-entropy", "one of two", "a compute_loss of its own"],
 )
-def test_a_temperature_of_another_loss_is_refused(loss, kind):
-    with pytest.raises(ValueError, match="A temperature of 200 divides the logits of a cross-entropy, but the loss is"):
+def test_a_temperature_of_another_loss_is_refused(loss, kind, name):
+    message = rf"A temperature of 200 divides the logits of a cross-entropy, but the loss is {name}\."
+    with pytest.raises(ValueError, match=message):
         tf_prune.score(two_heads(loss, kind=kind), "grasp", (X, TWO_LABELS))
 
 
@@ -580,6 +714,15 @@ def test_the_compiled_loss_and_the_regularizers_stay_as_they_were(fails):
     model.fit(X, TWO, verbose=0)
 
 
+def test_a_call_that_somebody_put_on_a_loss_counts_and_stays():
+    loss = Power(1)
+    own = loss.call = lambda y_true, y_pred: ops.mean((y_true - y_pred) ** 2, -1)
+    assert_same(
+        tf_prune.score(build("logits", loss), "snip", (X, REAL)), gradient_of_fit(build("logits", loss), X, REAL)
+    )
+    assert vars(loss)["call"] is own
+
+
 def test_many_models_are_scored_without_a_word_of_retracing(caplog):
     tf.get_logger().propagate = True
     with caplog.at_level(logging.WARNING):
@@ -605,6 +748,12 @@ def test_what_goes_wrong_in_a_loss_of_ones_own_is_said_with_the_data():
 
     with pytest.raises(ValueError, match=r"x is float32\[12, 5\].*the loss is 'wrong'.*no_such_thing"):
         tf_prune.score(build("logits", wrong), "snip", (X, REAL))
+
+    def wordy(y_true, y_pred):
+        raise RuntimeError("first\nthe very cause\n  \n")
+
+    with pytest.raises(ValueError, match=r"The cause: the very cause$"):
+        tf_prune.score(build("logits", wordy), "snip", (X, REAL))
 
 
 def test_helpers_models_score_as_fit_would():

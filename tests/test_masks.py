@@ -54,7 +54,8 @@ def test_count_is_exact_for_every_decimal_sparsity(size, ten_thousandths):
 
 
 @pytest.mark.parametrize(
-    ("size", "sparsity", "kept"), [(1000, 0.9, 100), (1000, 1 - 0.1, 100), (7, 0.5, 3), (3, 2 / 3, 1)]
+    ("size", "sparsity", "kept"),
+    [(1000, 0.9, 100), (1000, 1 - 0.1, 100), (100, 0.07, 93), (25, 0.28, 18), (7, 0.5, 3), (3, 2 / 3, 1)],
 )
 def test_count_sets_float_noise_aside(size, sparsity, kept):
     assert num_kept(size, sparsity) == kept
@@ -143,7 +144,7 @@ def test_a_score_that_is_not_finite_names_its_layer(value):
         masks_from_scores({"a": np.ones(3), "b": np.array([1.0, value])}, 0.5)
 
 
-@pytest.mark.parametrize("sparsity", [95, -0.1, float("nan"), 1.0, float("inf"), "0.9", None, True])
+@pytest.mark.parametrize("sparsity", [95, -0.1, float("nan"), 1.0, float("inf"), "0.9", None, True, False])
 def test_a_wrong_sparsity_says_what_it_got(sparsity):
     with pytest.raises(ValueError, match=r"sparsity must be .* got"):
         check_sparsity(sparsity)
@@ -152,6 +153,9 @@ def test_a_wrong_sparsity_says_what_it_got(sparsity):
 def test_a_percentage_gets_a_hint():
     with pytest.raises(ValueError, match=r"Did you mean 0\.95\?"):
         check_sparsity(95)
+    for none in (1.0, 100.0):  # 0.01 is not what was meant, and 1.0 is no sparsity either
+        with pytest.raises(ValueError, match=rf"got {none}\.$"):
+            check_sparsity(none)
 
 
 def test_an_unknown_scope_says_which_there_are():
@@ -172,6 +176,12 @@ def test_masks_cannot_be_changed_from_outside():
     assert masks["a"].tolist() == [True, False]
     with pytest.raises(ValueError, match="read-only"):
         masks["a"][0] = False
+
+
+def test_a_file_makes_its_folder(tmp_path):
+    masks = Masks({"a": [True, False]})
+    masks.save(tmp_path / "new" / "folder" / "masks.npz")
+    assert Masks.load(tmp_path / "new" / "folder" / "masks.npz") == masks
 
 
 @given(SCORES, st.integers(0, 2**32 - 1))
@@ -409,27 +419,51 @@ def test_a_saved_file_may_be_read_by_those_who_may_read_others(tmp_path):
     assert (tmp_path / "masks.npz").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-@pytest.mark.parametrize("kind", ["normal", "mostly zero", "all equal", "negative", "two values"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize("among", [False, True])
+KINDS = ["normal", "mostly zero", "all equal", "negative", "two values", "every 64th"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "among"),
+    [
+        *((kind, np.float32, among) for kind in KINDS for among in (False, True)),
+        *(("normal", dtype, among) for dtype in (np.float64, np.float16) for among in (False, True)),
+    ],
+)
 def test_many_scores_equal_a_stable_sort(kind, dtype, among):
-    # Several chunks, digits beyond the first 16 bits, and ties across arrays.
+    # So many that a sample brackets the last one kept, in several chunks; digits beyond the first 16 bits, and ties
+    # across arrays. Where there are ties the bracket is given up; where every 64th is large, the sample is wrong.
     generator = np.random.default_rng(0)
-    flat = generator.standard_normal(700_000)
+    flat = generator.standard_normal(1_200_000)
     flat = {
         "normal": flat,
         "mostly zero": np.where(flat > 1.5, flat, 0.0),
         "all equal": np.full_like(flat, 0.1),
         "negative": -np.abs(flat),
         "two values": np.where(flat > 0, -1e-3, -1.0),
+        "every 64th": np.where(np.arange(flat.size) % 64, flat, flat + 10),
     }[kind].astype(dtype)
-    scores = {"a": flat[:300_000], "b": flat[300_000:300_003], "c": flat[300_003:].reshape(-1, 1)}
-    allowed = {path: generator.random(score.shape) < 0.7 for path, score in scores.items()} if among else None
+    scores = {"a": flat[:640_000], "b": flat[640_000:640_064], "c": flat[640_064:].reshape(-1, 1)}
+    allowed = {path: generator.random(score.shape) < 0.95 for path, score in scores.items()} if among else None
+    candidates = flatten(allowed) if among else np.ones(flat.size, bool)
+    order = np.argsort(-flat.astype(np.float64), kind="stable")
     for sparsity in (0.35, 0.9, 0.999):
         masks = masks_from_scores(scores, sparsity, among=allowed)
         kept = num_kept(flat.size, sparsity)
-        candidates = flatten(allowed) if among else np.ones(flat.size, bool)
-        order = np.argsort(-flat.astype(np.float64), kind="stable")
         expected = np.zeros(flat.size, bool)
         expected[order[candidates[order]][:kept]] = True
         np.testing.assert_array_equal(flatten(masks), expected)
+
+
+@given(SCORES, SPARSITIES, st.integers(0, 2**32 - 1))
+def test_some_candidates_are_kept_before_all_others(scores, sparsity, seed):
+    generator = np.random.default_rng(seed)
+    among = {path: generator.random(score.shape) < 0.8 for path, score in scores.items()}
+    first = {path: mask & (generator.random(mask.shape) < 0.5) for path, mask in among.items()}
+    kept, flat = num_kept(sum(score.size for score in scores.values()), sparsity), flatten(scores).astype(np.float64)
+    if not 0 < kept <= flatten(among).sum():
+        return
+    masks = masks_from_scores(scores, sparsity, among=among, first=first)
+    order = np.lexsort((-flat, ~flatten(first), ~flatten(among)))
+    expected = np.zeros(flat.size, bool)
+    expected[order[:kept]] = True
+    np.testing.assert_array_equal(flatten(masks), expected)

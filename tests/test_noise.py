@@ -1,3 +1,5 @@
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -185,6 +187,9 @@ def test_augmentation_is_on_again_after_an_error_and_batch_statistics_stay_on():
     with pytest.raises(ValueError, match="cannot be computed on this batch"):
         tf_prune.score(model, "snip", (x[:, :5], y))
     assert "call" not in vars(flip)
+    own = flip.call = functools.partial(flip.call)
+    tf_prune.score(model, "snip", (x, y))
+    assert vars(flip)["call"] is own  # somebody else's
     (scores,) = tf_prune.score(model, "snip", (10 * x, y)).values()
     (of_smaller,) = tf_prune.score(model, "snip", (x, y)).values()
     np.testing.assert_allclose(scores, of_smaller, rtol=1e-2, atol=1e-3 * scores.max())

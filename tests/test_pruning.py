@@ -223,6 +223,38 @@ def test_a_network_that_no_longer_sees_its_input_is_a_warning(data):
     assert np.ptp(np.asarray(model(x)), axis=0).max() == 0
 
 
+def test_numbers_of_steps_are_those_of_the_papers():
+    steps = [make().num_steps for make in (tf_prune.FORCE, tf_prune.IterativeSNIP, tf_prune.GraSPIt, tf_prune.SynFlow)]
+    assert steps == [60, 60, 60, 100]
+
+
+class Scripted(tf_prune.Criterion):
+    """At each step, one score for all of each kernel."""
+
+    def __init__(self, *steps):
+        self.steps = list(steps)
+
+    def scores(self, derivatives, batches, masks, groups):
+        return {
+            path: np.full(group.group_shape, float(score))
+            for score, (path, group) in zip(self.steps.pop(0), groups.items(), strict=True)
+        }
+
+
+def test_what_is_ranked_by_position_alone_is_said_and_nothing_else_is():
+    def prune(steps, *args, **options):
+        tf_prune.prune(helpers.build("mlp"), tf_prune.Iterative(Scripted(*steps), len(steps)), *args, **options)
+
+    prune([(0, 1)], 0.5, scope={"hidden": 0.0})  # all of it is kept
+    with pytest.warns(UserWarning, match="left no weight in .*head/kernel"):
+        prune([(1, 0)], 0.9)  # none of it
+    # After the first step, what lost one kernel scores 0 there; what has lost all is blind.
+    with pytest.warns(
+        UserWarning, match="gives 0 to every weight of mlp/hidden/kernel, mlp/head/kernel, at step 3 of 3"
+    ):
+        prune([(1, 1), (0, 1), (0, 0)], 0.5, scope="layerwise", verbose=0)
+
+
 def test_sparsity_zero_changes_nothing():
     model = helpers.build("mlp")
     before = helpers.state(model)
@@ -272,6 +304,7 @@ def test_a_progress_bar_shows_each_step_unless_silent(capsys):
     assert "sparsity: 0.9" in shown
     tf_prune.prune(helpers.build("mlp"), method, 0.9, helpers.batch(), verbose=0)
     tf_prune.prune(helpers.build("mlp"), "snip", 0.9, helpers.batch(), verbose=1)
+    tf_prune.prune(helpers.build("mlp"), "snip", 0.9, [helpers.batch()] * 2, verbose=0)
     assert capsys.readouterr().out == ""
 
 
@@ -316,7 +349,7 @@ def test_bad_input_says_what_is_wrong_and_changes_nothing(change, error, message
 
 
 @pytest.mark.filterwarnings("ignore")  # of tf_keras
-def test_a_legacy_model_is_refused_by_prune_score_and_export(tmp_path):
+def test_a_legacy_model_is_refused_by_all_that_takes_a_model(tmp_path):
     tf_keras = pytest.importorskip("tf_keras")
 
     class Mine(tf_keras.Sequential):
@@ -327,6 +360,10 @@ def test_a_legacy_model_is_refused_by_prune_score_and_export(tmp_path):
         lambda: tf_prune.prune(model, "magnitude", 0.5),
         lambda: tf_prune.score(model, "magnitude"),
         lambda: tf_prune.export(model, tmp_path / "out"),
+        lambda: tf_prune.apply_masks(model, {}),
+        lambda: tf_prune.masks_of(model),
+        lambda: tf_prune.remove_masks(model),
+        lambda: tf_prune.rewind(model, []),
     ]
     for call in calls:
         with pytest.raises(TypeError, match=r"Expected a keras\.Model .*Mine.*legacy Keras 2"):
@@ -338,6 +375,8 @@ def test_a_legacy_model_is_refused_by_prune_score_and_export(tmp_path):
     ("options", "message"),
     [
         ({"num_steps": 0}, "num_steps must be an integer of at least 1"),
+        ({"num_steps": 2.5}, "num_steps must be an integer of at least 1, got 2.5"),
+        ({"num_steps": True}, "num_steps must be an integer of at least 1, got True"),
         ({"schedule": "quadratic"}, "schedule must be one of .*, got .quadratic."),
         ({"num_batches": 0}, "num_batches must be at least 1"),
     ],
@@ -395,11 +434,23 @@ def test_sparse_inputs_score_as_the_dense_ones(make, method):
         np.testing.assert_allclose(sparse[path], scores, rtol=1e-4, atol=1e-6 * np.abs(scores).max())
 
 
-def test_ragged_inputs_score_as_each_by_itself():
+def ragged_model():
     inputs = keras.Input((None,), dtype="int32")
     mean = layers.Lambda(lambda x: tf.reduce_mean(x, 1), output_shape=(8,))
     model = keras.Model(inputs, layers.Dense(1, name="head")(mean(layers.Embedding(20, 8)(inputs))))
     model.compile("sgd", "mse")
+    return model
+
+
+def test_the_flow_of_ragged_inputs_is_that_of_ones_in_their_places():
+    model = ragged_model()
+    scores = tf_prune.score(model, "synflow", (tf.ragged.constant([[1, 2, 3], [4]]), np.arange(2.0)))["head/kernel"]
+    expected = abs(model.get_weights()[0][1][:, None] * model.get_weights()[1])  # of the embedding of 1
+    np.testing.assert_allclose(scores / scores.max(), expected / expected.max(), rtol=1e-5)
+
+
+def test_ragged_inputs_score_as_each_by_itself():
+    model = ragged_model()
     rows, y = [[1, 2, 3], [4], [5, 6]], np.arange(3.0)[:, None]
     got = tf_prune.score(model, tf_prune.LossPreservation(), (tf.ragged.constant(rows), y))
     one_by_one = [(np.array([row]), y[i : i + 1]) for i, row in enumerate(rows)]

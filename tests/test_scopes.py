@@ -90,11 +90,18 @@ def test_erk_on_lenet_300_100_is_its_closed_form():
     # Densities e (in + out) / (in out): 1084, 400 and 110 shares, of which the last kernel would be more than full.
     shapes = {"a": (784, 300), "b": (300, 100), "c": (100, 10)}
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-    kept = kept_in_each("erk", 0.9, sizes, shapes, sizes)
+    kept = kept_in_each("erk", 0.9, sizes, shapes, sizes, None, or_fewer=False)
     total = 26620
     assert sum(kept.values()) == total
     assert kept["c"] == 1000
     assert kept["a"] == pytest.approx((total - 1000) * 1084 / 1484, abs=1)
+
+
+@pytest.mark.parametrize(("floors", "kept"), [((8, 0), [9, 1]), ((8, 2), [8, 2]), ((8, 8), [5, 5])])
+def test_what_is_kept_in_any_case_counts_before_the_rest_is_shared_out_unless_it_is_too_much(floors, kept):
+    sizes, shapes = {"a": 10, "b": 10}, {"a": (2, 5), "b": (2, 5)}
+    counts = kept_in_each("uniform", 0.5, sizes, shapes, sizes, dict(zip("ab", floors, strict=True)), or_fewer=False)
+    assert list(counts.values()) == kept
 
 
 def test_a_table_says_it_for_some_kernels_and_the_sparsity_is_that_of_the_others():

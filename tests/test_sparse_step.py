@@ -173,7 +173,10 @@ def test_a_loop_of_ones_own_takes_the_same_steps():
     assert_same_weights(model, expected)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "schedulefreeadamw", "accumulation", "ema"])
+KEEPING = ["adam", "schedulefreeadamw", "accumulation", "ema", "loss_scaled_ema", *{"multi"} & set(OPTIMIZERS)]
+
+
+@pytest.mark.parametrize("optimizer", KEEPING)
 def test_what_an_optimizer_keeps_for_pruned_weights_is_cleared_as_masks_come(optimizer):
     model = mlp()
     model.compile(OPTIMIZERS[optimizer](), LOSS)

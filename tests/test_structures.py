@@ -12,7 +12,7 @@ from keras import layers
 import tf_prune
 from tests import helpers
 from tf_prune.prunable import find_prunable
-from tf_prune.structures import cut_into_groups
+from tf_prune.structures import Layout, cut_into_groups
 
 
 def one_layer(layer, shape):
@@ -250,6 +250,52 @@ def test_n_of_m_tightens_step_by_step_when_it_is_pruned_in_steps():
     ((_, mask),) = masks.items()
     assert (mask.reshape(2, 4, 6).sum(1) == 1).all()
     assert one_shot.num_kept == mask.sum() == 12
+
+
+class Noting(tf_prune.Criterion):
+    """Random scores, and the masks at which they were asked for."""
+
+    def __init__(self):
+        self.generator, self.seen = np.random.default_rng(0), []
+
+    def scores(self, derivatives, batches, masks, groups):
+        self.seen.append(masks)
+        return {path: self.generator.random(group.group_shape) for path, group in groups.items()}
+
+
+def test_the_pattern_tightens_with_the_schedule_and_holds_from_the_first_step_in_a_hybrid():
+    noting = Noting()
+    method = tf_prune.Iterative(noting, 4, "linear")
+    tf_prune.prune(one_layer(layers.Dense(6), (8,)), method, 0.75, structure=tf_prune.NofM(1, 4), verbose=0)
+    masks = [next(iter(masks.values())) for masks in noting.seen[1:]]
+    assert [int(mask.sum()) for mask in masks] == [39, 30, 21]
+    assert [mask.reshape(2, 4, 6).sum(1).max() for mask in masks] == [4, 3, 2]
+    noting.seen.clear()
+    model = keras.Sequential([keras.Input((4, 4, 1)), layers.Conv2D(4, 3), layers.Flatten(), layers.Dense(6)])
+    structure = tf_prune.Hybrid(tf_prune.Weights(), tf_prune.NofM(1, 4))
+    tf_prune.prune(model, method, 0.8, structure=structure, verbose=0)
+    for masks in noting.seen[1:]:
+        assert list(masks.values())[1].reshape(4, 4, 6).sum(1).max() == 1
+
+
+def test_what_was_pruned_before_takes_no_place_at_any_step():
+    noting, model = Noting(), one_layer(layers.Dense(6), (8,))
+    before = tf_prune.prune(model, "magnitude", 0.5, verbose=0).masks
+    after = tf_prune.prune(model, tf_prune.Iterative(noting, 3, "linear"), 0.75, verbose=0).masks
+    assert noting.seen == [before] * 3
+    assert after.num_kept == 12
+
+
+@pytest.mark.parametrize(
+    ("m", "density", "kept"), [(4, 0.26, 2), (4, 0.75, 3), (4, 0.76, 4), (4, 0.1, 1), (25, 0.28, 7)]
+)
+def test_on_its_way_n_of_m_keeps_the_density_rounded_up_to_whole_weights(m, density, kept):
+    assert density != 0.28 or density * m > 7  # by the noise of floats alone
+    group = tf_prune.NofM(1, m).grouping(Layout("dense", (2 * m, 3), (2 * m, 3), (0,), (1,)))
+    scores = np.random.default_rng(0).random((2 * m, 3))
+    best = group.best_of_each(scores, np.ones(scores.shape, bool), density)
+    runs = scores.reshape(2, m, 3)
+    np.testing.assert_array_equal(best.reshape(runs.shape), runs >= np.sort(runs, 1)[:, [m - kept]])
 
 
 @pytest.mark.parametrize("scope", tf_prune.SCOPES)

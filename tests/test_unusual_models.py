@@ -126,6 +126,7 @@ ENDS = {
     "array": np.asarray,
     "nothing": lambda z: (),
     "none beside it": lambda z: (z, None),
+    "zeros beside it": lambda z: (0 * z, z),
     "dict": lambda z: {"loss": tf.reduce_mean(z), "logits": z},
 }
 
@@ -135,7 +136,8 @@ ENDS = {
 def test_outputs_of_any_kind_are_looked_through_without_a_false_alarm(end, data):
     model = Ends(ENDS[end])
     model(DATA[0][:2])
-    assert tf_prune.prune(model, "magnitude", 0.5, data).sparsity == 0.5
+    method = "magnitude" if data is None else MagnitudeOfOneBatch()
+    assert tf_prune.prune(model, method, 0.5, data).sparsity == 0.5
 
 
 class MagnitudeOfOneBatch(tf_prune.Criterion):
@@ -167,6 +169,24 @@ def test_inputs_of_which_only_the_second_differs_are_looked_through():
     model.get_layer("head").kernel.assign(np.concatenate([np.full((8, 4), 1e-3), np.full((8, 4), 1.0)]))
     with pytest.warns(UserWarning, match="no longer depend"):
         tf_prune.prune(model, MagnitudeOfOneBatch(), 1 - 40 / 192, ([np.ones((16, 3), "float32"), DATA[0]], DATA[1]))
+
+
+class InInference(layers.Layer):
+    """Passes its input on in inference alone."""
+
+    def call(self, x, training=False):
+        return 0 * x if training else x
+
+
+@pytest.mark.parametrize("norm", [layers.BatchNormalization(epsilon=1e-30), InInference()])
+def test_a_network_that_sees_its_input_in_training_or_in_inference_alone_raises_no_alarm(norm):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(16, name="hidden"), norm, layers.Dense(4, name="head")])
+    if isinstance(norm, layers.BatchNormalization):  # by its moving statistics the signal is lost beside the bias
+        model.layers[0].kernel.assign(model.layers[0].kernel * 1e-12)
+        model.layers[-1].bias.assign(np.ones(4))
+    outputs = [np.ptp(np.asarray(model(DATA[0], training=training)), axis=0).max() > 0 for training in (False, True)]
+    assert outputs in ([False, True], [True, False])
+    assert tf_prune.prune(model, MagnitudeOfOneBatch(), 0.25, DATA, scope="layerwise").sparsity == 0.25
 
 
 def test_inputs_of_different_lengths_raise_no_alarm():
@@ -234,7 +254,7 @@ def test_policies_stay_what_they_were_also_after_an_error(build):
     before = policies_of(model)
     with computing_in(model, "float64"):
         inside = [layer.compute_dtype for layer in model.layers if not layer.quantization_mode]
-        assert set(inside) == {keras.config.floatx()} == {"float64"}
+        assert {*inside, keras.config.floatx(), keras.config.dtype_policy().name} == {"float64"}
     assert policies_of(model) == before
     with pytest.raises(RuntimeError), computing_in(model, "float64"):
         raise RuntimeError

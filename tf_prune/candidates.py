@@ -191,9 +191,17 @@ def _files(source: Source, saved_model: Path | None, wanted: Wanted, shapes: lis
 
 def _usable(files: dict[str, bytes], one: Arrays, flex: bool) -> tuple[dict[str, LiteRTModel], dict[str, str]]:
     """The files that LiteRT runs, and why not the others. What is known to be wrong is not tried: it may crash."""
-    wrong = {name: why for name, content in files.items() if (why := why_wrong(read(content))) is not None}
+    wrong = {name: why for name, content in files.items() if (why := _why_not_run(content)) is not None}
     models, refused = load_runnable({name: files[name] for name in files if name not in wrong}, one, flex)
     return models, {**wrong, **refused}
+
+
+def _why_not_run(content: bytes) -> str | None:
+    try:
+        return why_wrong(read(content))
+    except ValueError as error:
+        # As where its sparse encoding drops what does not fill a block.
+        return f"TensorFlow's converter has made a file that is none. {error}"
 
 
 def _representative(source: Source, dtype: str, shapes: list[Shape]) -> list[dict[str, np.ndarray]] | None:

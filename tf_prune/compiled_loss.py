@@ -125,7 +125,7 @@ class CompiledLoss(CompileLoss):
         num_replicas: The same.
 
     Attributes:
-        terms: Of the last call.
+        terms: Of all calls: a `compute_loss` of the model's own may make several.
     """
 
     def __init__(
@@ -176,8 +176,7 @@ class CompiledLoss(CompileLoss):
         return [_NoMetric()] * len(self._flat_losses or ())
 
     def call(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The weighted sum; fills `terms`."""
-        self.terms.clear()
+        """The weighted sum; adds to `terms`."""
         if isinstance(y_pred, (list, tuple)) and self.output_names:
             self._name_the_rest()
             if isinstance(y_true, dict) and set(y_true) <= set(self.output_names):

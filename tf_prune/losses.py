@@ -34,7 +34,7 @@ class _OnLogits(keras.losses.Loss):
         known = getattr(outputs, "_keras_logits", None)
         if self._ends_in_logits or (self._ends_in_logits is None and known is None):
             return outputs
-        return log_odds(outputs, self._binary or outputs.shape[-1] == 1) if known is None else known
+        return log_odds(outputs, self._binary) if known is None else known
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         if self._binary or y_pred.shape[-1] == 1:
@@ -64,14 +64,14 @@ class _Prediction(_OnLogits):
     """Cross-entropy with the prediction, averaged over the batch, in the place of the labels."""
 
     def target(self, y_true: Any, logits: Any) -> Any:
-        return ops.stop_gradient(ops.mean(ops.softmax(logits), 0, keepdims=True))
+        return ops.stop_gradient(ops.mean(ops.softmax(logits), 0))
 
 
 class _RawPrediction(_OnLogits):
     """The same, averaged before the softmax."""
 
     def target(self, y_true: Any, logits: Any) -> Any:
-        return ops.stop_gradient(ops.softmax(ops.mean(logits, 0, keepdims=True)))
+        return ops.stop_gradient(ops.softmax(ops.mean(logits, 0)))
 
 
 class _RawLogit(_OnLogits):
@@ -197,7 +197,7 @@ class ModelLoss:
                     f"The model {model.name!r} was compiled without a loss. Pass loss=..., or compile with one."
                 )
             else:
-                total = keras.Model.compute_loss(model, x, y, outputs, sample_weight, training=training)
+                total = keras.Model.compute_loss(model, x, y, outputs, sample_weight)
                 has_rest = bool(model.losses)
         if total is None:
             raise self._say(f"The loss of the model {model.name!r}, {self.name}, is None. It must be a tensor.")

@@ -185,8 +185,6 @@ def _candidates(
         path: np.ones(group.group_shape, bool) if masks is None else group.any(masks[path])
         for path, group in groups.items()
     }
-    if not has_pattern:
-        return among, None
     strict = {path: group.best_of_each(scores[path], among[path]) for path, group in groups.items()}
     is_mixed = not all(group.at_most for group in groups.values())
     if is_last or (is_mixed and not revive):

@@ -91,8 +91,8 @@ def kept_in_each(
     sizes: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     capacities: Mapping[str, int],
-    floors: Mapping[str, int] | None = None,
-    or_fewer: bool = False,
+    floors: Mapping[str, int] | None,
+    or_fewer: bool,
 ) -> dict[str, int]:
     """How many of each kernel are kept, in every scope but the global one.
 
