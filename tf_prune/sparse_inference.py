@@ -206,7 +206,7 @@ def _content(model: Any, layers: Mapping[str, str] | None = None) -> bytes:
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
         if path.is_dir():
-            return convert(path, encoding="sparse")
+            return _encoded(path, layers)
         if not path.is_file():
             raise ValueError(f"There is no file or folder {path}. Expected a .tflite file or a SavedModel.")
         return path.read_bytes()
@@ -229,7 +229,17 @@ def _content(model: Any, layers: Mapping[str, str] | None = None) -> bytes:
         recurrent = any(isinstance(layer, keras.layers.RNN) for layer in model._flatten_layers())
         shapes = [(1, *leaf.shape[1:]) for leaf in keras.tree.flatten(examples)] if recurrent else None
         write_saved_model(model, examples, Path(folder), shapes)
-        return convert(Path(folder), encoding="sparse", layers=layers)
+        return _encoded(Path(folder), layers)
+
+
+def _encoded(saved_model: Path, layers: Mapping[str, str] | None) -> bytes:
+    """With sparse tensors, unless the converter drops what does not fill a block: such a file is none."""
+    content = convert(saved_model, encoding="sparse", layers=layers)
+    try:
+        read(content)
+    except ValueError:
+        return convert(saved_model, layers=layers)
+    return content
 
 
 def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, str] | None = None) -> Explanation:
