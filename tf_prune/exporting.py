@@ -6,6 +6,7 @@ import itertools
 import os
 import platform
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,8 @@ import numpy as np
 from tf_prune.batches import Batches
 from tf_prune.conversion import DTYPES, ENCODINGS, convert
 from tf_prune.export_report import ExportReport, Point, draw_sizes
-from tf_prune.parity import (
-    TOLERANCES,
-    Arrays,
-    ExportError,
-    LiteRTModel,
-    Parity,
-    check_installed,
-    compare,
-    latencies,
-    load_runnable,
-)
+from tf_prune.litert import LiteRTModel, check_installed, latencies, load_runnable
+from tf_prune.parity import TOLERANCES, Arrays, ExportError, Parity, compare, num_examples, rows
 from tf_prune.prunable import check_model
 from tf_prune.scopes import check_sparsity
 from tf_prune.sources import KerasSource, SavedModelSource
@@ -39,6 +31,9 @@ _SIGNATURE = "serving_default"
 # As many as TensorFlow's guides take; each is run once.
 _NUM_REPRESENTATIVE = 200
 _NO_FLEX = "Select TensorFlow op(s)"
+_NOT_COMPARED = (
+    "Not compared with the model: the runtime here has no Flex delegate. Compare them on the device that is to run it."
+)
 
 
 def export(
@@ -58,7 +53,8 @@ def export(
 
     The SavedModel holds the plain model, each variable once: no mask, no optimizer, pruned weights exactly zero. The
     TF-Lite file is made from it twice, with plain and with sparse tensors, and the smaller one is kept. It is run with
-    LiteRT, and its outputs are compared with the model's; its zeros are counted, and each target's verdict on them is
+    LiteRT, and its outputs are compared with the model's: what the data do not tell, since the outputs hardly vary over
+    them, is a warning and in the report. Its zeros are counted, and each target's verdict on them is
     in the report (`tf_prune.explain`). The model itself is not changed. One that computes in float16 or bfloat16 is
     served and compared in float32.
 
@@ -77,9 +73,9 @@ def export(
         signature: Which of a SavedModel's signatures is exported.
         sweep: Sparsities to measure size and latency at, too, for the report's plot: the kernels' smallest weights
             are zeroed for it, in the pattern they have, and come back afterwards. A Keras model only.
-        tolerance: Largest difference of any output, relative to the largest output if that is above 1. `None` is 1e-4
-            for float32, 1e-2 for float16 and 0.5 for both int8, which bounds nonsense and not rounding: look at the
-            report's agreement.
+        tolerance: Root mean square of an output's differences, of each channel by itself, relative to the standard
+            deviation of the model's own outputs over the examples; a constant file has 1. `None` is 1e-3 for float32,
+            0.05 for float16 and 0.3 for both int8.
         flex: Lets operators of TensorFlow stand in the file where TF-Lite has none. It is not compared, and the report
             says so, where the installed runtime has no Flex delegate.
 
@@ -88,7 +84,7 @@ def export(
 
     Raises:
         ConversionError: If TF-Lite cannot express the model; names the operators.
-        ExportError: If outputs differ by more than `tolerance`.
+        ExportError: If outputs differ by more than `tolerance`, or predictions do that rounding cannot turn.
         ImportError: If `ai-edge-litert` is missing.
         ValueError: If a pruned weight is not zero, a weight is not finite, the inputs' shape is unknown or not that of
             the data, a layer is stateful, or `"int8"` has no data. Nothing is written then, as after all other errors.
@@ -123,7 +119,7 @@ def export(
             }
 
         files = files_of(work / "saved_model")
-        one = {name: array[:1] for name, array in next(source.inputs()).items()}
+        one = rows(next(source.inputs()), 0, 1)
         allowed = TOLERANCES[dtype] if tolerance is None else tolerance
         models, refused = _usable(files, one, flex)
         kept, parity = _first_that_agrees(
@@ -145,6 +141,7 @@ def export(
             inputs=f"{parity.count:,} {'given' if batches.given else 'random'} examples",
             largest_difference=parity.largest_difference,
             agreement=parity.agreement,
+            undecided=parity.undecided,
             machine=platform.machine(),
             refused=refused,
             points=_points([(_sparsity(source.kernels), files), *_sweep(source, sweep, files_of)], one, flex),
@@ -154,6 +151,8 @@ def export(
         report.save(work / "report.json")
         drawn = draw_sizes(work / "report.png", report)
         (work / "report.md").write_text(report.to_markdown("report.png" if drawn else None))
+        if parity.undecided:
+            warnings.warn(" ".join(parity.undecided), stacklevel=2)
         _move_into(work, directory)
     return report
 
@@ -177,11 +176,12 @@ def _first_that_agrees(
     if _NO_FLEX in refused.get(name, ""):
         for unknown in [key for key, reason in refused.items() if _NO_FLEX in reason]:
             del refused[unknown]
-        return name, Parity(0, None, None)
+        return name, Parity(0, None, None, (_NOT_COMPARED,))
     try:
         if name in refused:
             raise ExportError(f"The {name} encoding cannot be used. {refused[name]} Nothing was written.")
-        return name, compare(source.outputs, models[name].outputs, source.inputs(), tolerance)
+        model = models[name]
+        return name, compare(source.outputs, model.outputs, source.inputs(), tolerance, steps=model.steps)
     except ExportError as error:
         if not others:
             raise
@@ -249,11 +249,7 @@ def _representative(source: Any, batches: Batches, dtype: str) -> list[dict[str,
             "dtype='int8' takes the ranges of activations from real inputs. Pass data=(x, y) with some hundred "
             "examples as the model will see them; or train aware of quantization (tf_prune.tfmot)."
         )
-    ones = (
-        {name: array[i : i + 1] for name, array in inputs.items()}
-        for inputs in source.inputs()
-        for i in range(len(next(iter(inputs.values()))))
-    )
+    ones = (rows(inputs, i, i + 1) for inputs in source.inputs() for i in range(num_examples(inputs)))
     return list(itertools.islice(ones, _NUM_REPRESENTATIVE))
 
 
