@@ -11,8 +11,8 @@ _PEAK, _MARGIN = 10, 4
 # float16's last digit); the latter for a tolerance of 0.05 and more.
 _DIGITS, _OFFSET = 8, 2.5e-4
 _FEWEST_STEPS = 10
-# Masks of attention and of beam search: as good as minus infinity beside numbers below 1e4.
-_MASKED, _BESIDE_MASKED = -1e8, 1e4
+# Masks of attention and of beam search: one number, so far below all others that beside it nothing is seen.
+_MASKED = -1e3
 
 
 class ExportError(ValueError):
@@ -31,7 +31,7 @@ class Judge:
         self._name, self._tolerance, self._step = name, tolerance, float(step)
         self._numbers, self._labels, self._infinite = Numbers(), Labels(), Labels()
         self._kind, self._any = "", False
-        self._epsilon = 0.0
+        self._epsilon = 2.0**-23  # files compute in float32 at best
         self._flips: list[np.ndarray] = []
         self.largest: float | None = None
         self.agreed = (0, 0)
@@ -95,14 +95,20 @@ class Judge:
         gathered = self._numbers.spread()
         self.largest = float(gathered.peak.max())
         if self._kind == "integer":
-            try:
-                return self._judged_labels(self._labels, "in other places")
-            except ExportError:
-                return self._judged_numbers(gathered)
+            return self._judged_integers(gathered)
         if not gathered.seen.any():
             self._fail("cannot be compared: none of its numbers is finite")
         infinite = self._judged_labels(self._infinite, "infinite") if self._infinite.different.any() else []
         return infinite + self._judged_numbers(gathered)
+
+    def _judged_integers(self, gathered: Spread) -> list[str]:
+        """As classes; or as numbers, if they vary by enough."""
+        try:
+            return self._judged_labels(self._labels, "in other places")
+        except ExportError:
+            if self._judged_numbers(gathered):
+                raise
+            return []
 
     def _judged_labels(self, labels: Labels, where: str) -> list[str]:
         """One may differ where many change; as many as the tolerance says where more do."""
@@ -127,8 +133,8 @@ class Judge:
     def _judged_numbers(self, got: Spread) -> list[str]:
         tolerance, step = self._tolerance, max(self._step, float(self._kind == "integer"))
         sizes = np.maximum(abs(got.low), abs(got.high))
-        digits = max(_DIGITS * self._epsilon, min(_OFFSET, _OFFSET / 0.05 * tolerance))
-        floor = max(digits * float(sizes.max()), step)
+        offset = min(_OFFSET, _OFFSET / 0.05 * tolerance)
+        floor = np.maximum(max(_DIGITS * self._epsilon * float(sizes.max()), step), offset * sizes)
         tells = (got.spread > 0) & (got.spread >= 2 * floor) & (got.high - got.low >= _FEWEST_STEPS * step)
         # The common measure of all channels: of how far they vary, or of what they are where none does enough.
         common = float(np.sqrt(np.mean((got.spread[tells] if tells.any() else got.size) ** 2)))
@@ -144,11 +150,12 @@ class Judge:
             self._fail(self._too_far(got, c, float(peaks[c])), rounding=True)
         if tells.any():
             self._check_predictions(got.spread, floor)
-        return self._unknown_channels(got, tells, floor)
+        return self._unknown_channels(got, tells)
 
-    def _check_predictions(self, spread: np.ndarray, floor: float) -> None:
+    def _check_predictions(self, spread: np.ndarray, floor: np.ndarray) -> None:
         a, b, margin = np.concatenate([*self._flips, np.zeros((3, 0))], 1)
-        allowed = _MARGIN * (self._tolerance * (spread[a.astype(int)] + spread[b.astype(int)]) + 2 * floor)
+        noise = self._tolerance * spread + floor
+        allowed = _MARGIN * (noise[a.astype(int)] + noise[b.astype(int)])
         if (wrong := margin > allowed).any():
             worst = int((margin - allowed).argmax())
             self._fail(
@@ -158,17 +165,19 @@ class Judge:
                 rounding=True,
             )
 
-    def _unknown_channels(self, got: Spread, tells: np.ndarray, floor: float) -> list[str]:
+    def _unknown_channels(self, got: Spread, tells: np.ndarray) -> list[str]:
         """A channel that hardly varies is right all the same if it agrees to its own measure."""
-        quantized = "the file's numbers" if not self._step else f"{_FEWEST_STEPS} of the file's steps of {floor:.3g}"
+        told = f"{_FEWEST_STEPS} of the file's steps of {self._step:.3g}" if self._step else "the file's numbers tell"
+        varies = got.spread > self._epsilon * got.size
         if not tells.any():
-            varies = got.spread.max() > 0
-            return [self._unknown(f"it varies by less than {quantized} tell" if varies else "it is always the same")]
-        own = np.where(got.spread > _DIGITS * self._epsilon * got.size, got.spread, got.size)
+            if self._infinite.changes.any() and not varies.any():
+                return []
+            return [self._unknown(f"it varies by less than {told}" if varies.any() else "it is always the same")]
+        own = np.where(varies, got.spread, got.size)
         unknown = ~tells & (got.error > self._tolerance * own) & (got.seen > 0)
         if not unknown.any():
             return []
-        return [self._unknown(f"{unknown.sum():,} of its {len(tells):,} channels vary by less than {quantized} tell")]
+        return [self._unknown(f"{unknown.sum():,} of its {len(tells):,} channels vary by less than {told}")]
 
     def _too_far(self, got: Spread, channel: int, allowed: float) -> str:
         return (
@@ -212,11 +221,11 @@ def _as_bytes(array: np.ndarray) -> np.ndarray:
 
 def _unmasked(expected: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Masks as minus infinity, so that beside them the rest is seen."""
-    masked = expected <= _MASKED
-    if (
-        not masked.any()
-        or masked.all()
-        or abs(expected[~masked & np.isfinite(expected)]).max(initial=0) > _BESIDE_MASKED
-    ):
+    finite = np.isfinite(expected)
+    low = float(expected.min(initial=0, where=finite))
+    masked = finite & (expected < np.float64(0.5 * low))
+    others = float(abs(expected).max(initial=0, where=finite & ~masked))
+    same = masked.any() and float(np.ptp(expected[masked].astype(np.float64))) <= -1e-6 * low
+    if not same or low > _MASKED * max(1.0, others) or (masked == finite).all():
         return expected, got
-    return np.where(masked, -np.inf, expected), np.where(got <= _MASKED, -np.inf, got)
+    return np.where(masked, -np.inf, expected), np.where(abs(got - low) < -0.1 * low, -np.inf, got)

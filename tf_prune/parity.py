@@ -66,7 +66,7 @@ def compare(
     Parity(count=32, largest_difference=0.0, agreement=1.0, undecided=())
     >>> compare(model, zeros, [{"x": x}], 0.3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    tf_prune.parity.ExportError: The TF-Lite model's output 'y' differs from the model's by up to 4.65, ...
+    tf_prune.judge.ExportError: The TF-Lite model's output 'y' differs from the model's by up to 4.65, ...
     """
     count, judges = 0, dict[str, Judge]()
     for inputs in batches:
