@@ -1,11 +1,17 @@
 """A comparison that cannot be fooled: dishonest files by dtype and kind of head, and honest ones."""
 
+import keras
 import ml_dtypes
 import numpy as np
 import pytest
+from keras import layers
 
 import tf_prune
 from tf_prune import parity
+from tf_prune.batches import Batches
+from tf_prune.conversion import convert
+from tf_prune.litert import LiteRTModel
+from tf_prune.sources import KerasSource
 
 N = 48
 DTYPES = list(parity.TOLERANCES)
@@ -397,3 +403,101 @@ def test_batches_of_several_lengths_are_one_comparison():
     assert parity.compare(lambda i: {"y": i["x"]}, lambda i: {"y": i["x"]}, squares, 1e-3).undecided == ()
     with pytest.raises(tf_prune.ExportError):
         parity.compare(lambda i: {"y": i["x"]}, lambda i: {"y": 0 * i["x"]}, squares, 0.3)
+
+
+def dense(x):
+    return layers.Dense(64, "relu")(layers.Dense(64, "relu")(x))
+
+
+def convolutional(x):
+    for filters in (16, 32, 64):
+        x = layers.Conv2D(filters, 3, 2, padding="same", use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.5)(x))
+    return layers.GlobalAveragePooling2D()(x)
+
+
+def mobilenet(x):
+    body = keras.applications.MobileNetV2(x.shape[1:], 0.35, include_top=False, weights=None, pooling="avg")
+    for layer in body.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.5
+    return body(x)
+
+
+def attention(x):
+    x = layers.Dense(32)(x)
+    x = layers.LayerNormalization()(x + layers.MultiHeadAttention(4, 8)(x, x))
+    x = layers.LayerNormalization()(x + layers.Dense(32)(layers.Dense(64, "gelu")(x)))
+    return layers.GlobalAveragePooling1D()(x)
+
+
+BODIES = {
+    "dense": ((64,), dense),
+    "convolutional": ((16, 16, 3), convolutional),
+    "mobilenet": ((32, 32, 3), mobilenet),
+    "recurrent": ((12, 16), layers.GRU(32)),
+    "attention": ((12, 16), attention),
+}
+OUTPUTS = {
+    "logits": lambda x: layers.Dense(10)(x),
+    "softmax": lambda x: layers.Dense(10, "softmax")(x),
+    "offset": lambda x: layers.Dense(10, bias_initializer=keras.initializers.Constant(1e3))(x),
+}
+
+
+def network(body, head, epochs=0, sparsity=0.0, seed=0):
+    """A model, and examples in ten classes as it was trained on."""
+    keras.utils.set_random_seed(seed)
+    shape, layer = BODIES[body]
+    inputs = keras.Input(shape, name="x")
+    model = keras.Model(inputs, OUTPUTS[head](layer(inputs)))
+    y = generator(0).integers(0, 10, 320)
+    x = (generator(1).standard_normal((10, *shape))[y] + generator(2).standard_normal((320, *shape))).astype(np.float32)
+    if sparsity:
+        tf_prune.prune(model, "magnitude", sparsity, scope="layerwise", verbose=0)
+    if epochs:
+        losses = keras.losses.SparseCategoricalCrossentropy(from_logits=head == "logits")
+        model.compile(keras.optimizers.Adam(3e-3), "mse" if head == "offset" else losses)
+        model.fit(x, 1e3 + np.eye(10)[y] if head == "offset" else y, epochs=epochs, verbose=0)
+    return model, x[:N]
+
+
+def files_of(model, x, dtypes, folder, batch_size=None):
+    source = KerasSource(model, Batches((x, None)))
+    source.write(folder, batch_size)
+    (inputs,) = source.inputs()
+    ones = [{name: array[i : i + 1] for name, array in inputs.items()} for i in range(len(x))]
+    files = {d: LiteRTModel(convert(folder, dtype=d, representative=ones if d == "int8" else None)) for d in dtypes}
+    return source.outputs, inputs, files
+
+
+@pytest.mark.filterwarnings("ignore:.*left no weight in", "ignore:.*outputs no longer depend")
+@pytest.mark.parametrize(
+    ("body", "head", "epochs", "sparsity"),
+    [
+        pytest.param(body, head, epochs, sparsity, marks=[] if quick else [pytest.mark.slow])
+        for body in BODIES
+        for head in OUTPUTS
+        for epochs in (0, 2)
+        for sparsity in (0.0, 0.5, 0.9, 0.99)
+        for quick in [(body, head, epochs, sparsity) == ("convolutional", "softmax", 2, 0.5)]
+    ],
+)
+def test_real_files_are_accepted_and_those_of_another_model_are_not(body, head, epochs, sparsity, tmp_path):
+    dtypes = [dtype for dtype in DTYPES if (body, dtype) != ("recurrent", "int8")]
+    fixed = N if body == "recurrent" else None
+    model, x = network(body, head, epochs, sparsity)
+    reference, inputs, files = files_of(model, x, dtypes, tmp_path / "model", fixed)
+    other, _ = network(body, head, epochs, sparsity, seed=1)
+    _, _, others = files_of(other, x, dtypes, tmp_path / "other", fixed)
+    for dtype in dtypes:
+        tolerance, steps = parity.TOLERANCES[dtype], files[dtype].steps
+        report = parity.compare(reference, files[dtype].outputs, [inputs], tolerance, steps=steps)
+        if head != "offset" and (epochs, sparsity) in [(2, 0.0), (2, 0.5)]:
+            assert report.undecided == ()
+            assert report.agreement > (0.9 if dtype == "int8" else 0.95)
+        try:
+            wrong = parity.compare(reference, others[dtype].outputs, [inputs], tolerance, steps=others[dtype].steps)
+        except tf_prune.ExportError:
+            continue
+        assert wrong.undecided

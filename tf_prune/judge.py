@@ -134,8 +134,10 @@ class Judge:
         tolerance, step = self._tolerance, max(self._step, float(self._kind == "integer"))
         sizes = np.maximum(abs(got.low), abs(got.high))
         offset = min(_OFFSET, _OFFSET / 0.05 * tolerance)
-        floor = np.maximum(max(_DIGITS * self._epsilon * float(sizes.max()), step), offset * sizes)
-        tells = (got.spread > 0) & (got.spread >= 2 * floor) & (got.high - got.low >= _FEWEST_STEPS * step)
+        least = max(_DIGITS * self._epsilon * float(sizes.max()), step)
+        floor = np.maximum(least, offset * sizes)
+        tells = (got.spread >= 2 * floor) | ((got.spread >= 2 * least) & (got.error <= tolerance * got.spread))
+        tells &= (got.spread > 0) & (got.high - got.low >= _FEWEST_STEPS * step)
         # The common measure of all channels: of how far they vary, or of what they are where none does enough.
         common = float(np.sqrt(np.mean((got.spread[tells] if tells.any() else got.size) ** 2)))
         allowed = np.where(tells, np.hypot(tolerance * got.spread, floor), tolerance * common + 3 * floor)

@@ -28,8 +28,6 @@ class LiteRTModel:
         self._runner = self._interpreter.get_signature_runner()
         self._inputs = self._runner.get_input_details()
         self._outputs = self._runner.get_output_details()
-        sizes = {int(d["shape_signature"][0]) for d in self._inputs.values() if len(d["shape_signature"])}
-        self._batch_size: int | None = sizes.pop() if len(sizes) == 1 and sizes != {-1} else None
 
     @property
     def steps(self) -> dict[str, float]:
@@ -43,8 +41,7 @@ class LiteRTModel:
             ExportError: If it does not take inputs of these shapes, or an output is not of each example, so that parts
                 cannot be joined.
         """
-        count = num_examples(inputs)
-        size = self._batch_size or count
+        count, size = num_examples(inputs), self._size(inputs)
         if size == count:
             return self._run(inputs, size)
         parts = [self._run(rows(inputs, i, i + size), size) for i in range(0, count, size)]
@@ -59,10 +56,18 @@ class LiteRTModel:
 
     def seconds(self, inputs: Arrays) -> float:
         """What one call takes, in seconds, with one thread."""
-        prepared = self._prepared(inputs, self._batch_size or num_examples(inputs))
+        size = self._size(inputs)
+        prepared = self._prepared(rows(inputs, 0, size), size)
         start = time.perf_counter()
         self._runner(**prepared)
         return time.perf_counter() - start
+
+    def _size(self, inputs: Arrays) -> int:
+        """How many examples are one call: as many as there are, or as the file fixes."""
+        count = num_examples(inputs)
+        takes = {name: self._inputs[name]["shape_signature"] for name, array in inputs.items() if np.ndim(array)}
+        sizes = {int(shape[0]) for name, shape in takes.items() if len(shape) and len(inputs[name]) == count}
+        return sizes.pop() if len(sizes) == 1 and sizes != {-1} else count
 
     def _run(self, inputs: Arrays, size: int) -> dict[str, np.ndarray]:
         outputs = self._runner(**self._prepared(inputs, size))
