@@ -211,7 +211,7 @@ def test_predictions_agree_wherever_the_margin_is_larger_than_rounding():
     wrong = output.copy()
     wrong[77, :2] = wrong[77, 1::-1]
     with pytest.raises(tf_prune.ExportError, match=r"other classes than the model's in 1 of 1,440 .*: 1 for 0, by a"):
-        compare(output, wrong, "int8")
+        compare(output, wrong, "dynamic_int8")
     output = output[:N]
     unsure = output + 0
     unsure[0] = 0.1
@@ -378,6 +378,13 @@ def test_outputs_that_are_empty_or_not_of_each_example_are_taken_as_they_are():
         parity.compare(scalar, lambda inputs: scalar(inputs, 0.0), batches, 0.3)
     assert parity.compare(scalar, scalar, batches[:1], 1e-3).undecided
     assert parity.compare(scalar, scalar, [], 1e-3).undecided == ("No example was compared.",)
+
+
+def test_a_rank_that_changes_from_batch_to_batch_is_an_error_in_words():
+    table = normal(5)[:4]
+    batches = [{"x": normal(2)[:count]} for count in (3, 4)]
+    with pytest.raises(tf_prune.ExportError, match=r"another number of axes from batch to batch, now \(4, 5\)"):
+        parity.compare(lambda _: {"y": table}, lambda _: {"y": table}, batches, 0.3)
 
 
 def test_batches_of_several_lengths_are_one_comparison():

@@ -75,7 +75,7 @@ def export(
             are zeroed for it, in the pattern they have, and come back afterwards. A Keras model only.
         tolerance: Root mean square of an output's differences, of each channel by itself, relative to the standard
             deviation of the model's own outputs over the examples; a constant file has 1. `None` is 1e-3 for float32,
-            0.05 for float16 and 0.3 for both int8.
+            0.05 for float16, 0.3 for dynamic-range int8 and 0.5 for int8.
         flex: Lets operators of TensorFlow stand in the file where TF-Lite has none. It is not compared, and the report
             says so, where the installed runtime has no Flex delegate.
 

@@ -30,7 +30,7 @@ class Judge:
     def __init__(self, name: str, tolerance: float, step: float):
         self._name, self._tolerance, self._step = name, tolerance, float(step)
         self._numbers, self._labels, self._infinite = Numbers(), Labels(), Labels()
-        self._kind, self._any = "", False
+        self._kind, self._axes, self._any = "", 0, False
         self._epsilon = 2.0**-23  # files compute in float32 at best
         self._flips: list[np.ndarray] = []
         self.largest: float | None = None
@@ -48,6 +48,9 @@ class Judge:
             return
         self._any = True
         shaped = [_with_axes(array, size) for array in (expected, got)]
+        if self._axes not in (0, shaped[0].ndim):
+            self._fail(f"has another number of axes from batch to batch, now {expected.shape} of {size} examples")
+        self._axes = shaped[0].ndim
         if kind == "text":
             self._labels.add(*map(_as_bytes, shaped))
         elif kind == "bool":
@@ -97,7 +100,7 @@ class Judge:
         if self._kind == "integer":
             return self._judged_integers(gathered)
         if not gathered.seen.any():
-            self._fail("cannot be compared: none of its numbers is finite")
+            self._fail("cannot be compared: none of its numbers is finite. The model overflows on these data")
         infinite = self._judged_labels(self._infinite, "infinite") if self._infinite.different.any() else []
         return infinite + self._judged_numbers(gathered)
 

@@ -11,7 +11,7 @@ from tf_prune.judge import Judge
 Arrays = Mapping[str, np.ndarray]
 # Of the spread over the examples. A file that does not look at its input is wrong by 1 at least; `benchmarks/README.md`
 # has what honest files of each kind are wrong by.
-TOLERANCES = {"float32": 1e-3, "float16": 0.05, "dynamic_int8": 0.3, "int8": 0.3}
+TOLERANCES = {"float32": 1e-3, "float16": 0.05, "dynamic_int8": 0.3, "int8": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
