@@ -11,8 +11,8 @@ from keras import layers, ops
 from tensorflow.lite.python import schema_py_generated as schema
 
 from tf_prune.conversion import ConversionError, convert
+from tf_prune.litert import LiteRTModel
 from tf_prune.loops import loops_of
-from tf_prune.parity import LiteRTModel
 from tf_prune.quiet import quiet
 from tf_prune.saved_model import write_saved_model
 from tf_prune.scales import ScaleError, repaired

@@ -61,7 +61,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-@pytest.mark.filterwarnings("ignore:.*left no weight in")
+@pytest.mark.filterwarnings("ignore:.*left no weight in", "ignore:The data do not tell")
 @pytest.mark.parametrize("block", blocks("python"))
 def test_readme_examples_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import tf_prune
 from experiments import datasets
-from tf_prune.parity import LiteRTModel
+from tf_prune.litert import LiteRTModel
 
 FOLDER = pathlib.Path(__file__).parent.parent / "saved_models"
 MODEL = FOLDER / "digits_mobilenet"

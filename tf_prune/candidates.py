@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tf_prune.conversion import ENCODINGS, ConversionError, convert
 from tf_prune.export_report import Point
-from tf_prune.parity import TOLERANCES, Arrays, ExportError, LiteRTModel, Parity, compare, latencies, load_runnable
+from tf_prune.litert import LiteRTModel, latencies, load_runnable
+from tf_prune.parity import TOLERANCES, Arrays, ExportError, Parity, compare, num_examples, rows
 from tf_prune.quiet import quiet
 from tf_prune.saved_model import SERVED, Shape
 from tf_prune.sources import KerasSource, SavedModelSource
@@ -24,6 +25,9 @@ Source = KerasSource | SavedModelSource
 # As many as TensorFlow's guides take; each is run once.
 _NUM_REPRESENTATIVE = 200
 _NO_FLEX = "Select TensorFlow op(s)"
+_NOT_COMPARED = (
+    "Not compared with the model: the runtime here has no Flex delegate. Compare them on the device that is to run it."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,7 @@ def sparsity_of(kernels: dict[str, np.ndarray]) -> float:
 
 def _of_shapes(source: Source, saved_model: Path, wanted: Wanted, shapes: list[Shape]) -> Candidates:
     files = _files(source, saved_model, wanted, shapes)
-    one = {name: array[:1] for name, array in next(source.inputs(shapes)).items()}
+    one = rows(next(source.inputs(shapes)), 0, 1)
     models, refused = _usable(files, one, wanted.flex)
     others = list(source.at_other_sizes(shapes))
     order = [wanted.encoding] if wanted.encoding else sorted(files, key=lambda name: len(files[name]))
@@ -142,7 +146,7 @@ def _of_shapes(source: Source, saved_model: Path, wanted: Wanted, shapes: list[S
         if _NO_FLEX in refused.get(name, ""):
             # It cannot be compared where the runtime has no Flex delegate, as in TensorFlow 2.21.
             known = {key: reason for key, reason in refused.items() if _NO_FLEX not in reason}
-            return Candidates(files, tuple(shapes), name, Parity(0, None, None), known)
+            return Candidates(files, tuple(shapes), name, Parity(0, None, None, (_NOT_COMPARED,)), known)
         try:
             if name in refused:
                 raise ExportError(f"The {name} encoding cannot be used. {refused[name]} Nothing was written.")
@@ -161,11 +165,11 @@ def _parity(source: Source, model: LiteRTModel, allowed: float, shapes: list[Sha
     for inputs in others:
         try:
             with quiet():
-                compare(source.outputs, model.outputs, [inputs], allowed)
+                compare(source.outputs, model.outputs, [inputs], allowed, steps=model.steps)
         except (ExportError, RuntimeError, ValueError) as error:
             sizes = ", ".join(str(array.shape) for array in inputs.values())
             raise ExportError(f"On inputs of shape {sizes}: {str(error).splitlines()[0]}") from error
-    return compare(source.outputs, model.outputs, source.inputs(shapes), allowed)
+    return compare(source.outputs, model.outputs, source.inputs(shapes), allowed, steps=model.steps)
 
 
 def _files(source: Source, saved_model: Path | None, wanted: Wanted, shapes: list[Shape]) -> dict[str, bytes]:
@@ -208,9 +212,5 @@ def _representative(source: Source, dtype: str, shapes: list[Shape]) -> list[dic
     """Single examples that give int8 its ranges; `None` where it needs none."""
     if dtype != "int8" or source.has_trained_ranges:
         return None
-    ones: Iterator[dict[str, np.ndarray]] = (
-        {name: array[i : i + 1] for name, array in inputs.items()}
-        for inputs in source.inputs(shapes)
-        for i in range(len(next(iter(inputs.values()))))
-    )
+    ones = (rows(inputs, i, i + 1) for inputs in source.inputs(shapes) for i in range(num_examples(inputs)))
     return list(itertools.islice(ones, _NUM_REPRESENTATIVE))

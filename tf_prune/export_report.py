@@ -45,6 +45,7 @@ class ExportReport:
         shapes: What the file takes, one an input, `None` where a size is open.
         largest_difference: Of any output, absolute, between the model and the file; `None` if it could not be run.
         agreement: Fraction of examples with the same largest output; `None` where an output is a single number.
+        undecided: What the data do not tell of the outputs, since they hardly vary over the examples, in sentences.
         refused: Why an encoding could not be kept, though it is smaller: LiteRT does not run it, or not rightly.
         machine: Where latencies were measured, e.g. `"x86_64"`.
         points: Size and latency at this sparsity and at those of the sweep.
@@ -61,6 +62,7 @@ class ExportReport:
     shapes: tuple[tuple[int | None, ...], ...]
     largest_difference: float | None
     agreement: float | None
+    undecided: tuple[str, ...]
     refused: dict[str, str]
     machine: str
     points: tuple[Point, ...]
@@ -182,11 +184,12 @@ class ExportReport:
         return lines or ["Nothing."]
 
     def _parity(self) -> str:
-        if self.largest_difference is None:
-            return "Not compared with the model: the runtime here has no Flex delegate. Compare them on the device."
+        if self.inputs.startswith("0 "):
+            return " ".join(self.undecided)
         runtime = "LiteRT" if self.encoding else "the SavedModel"
         agreement = "" if self.agreement is None else f", the same prediction for {self.agreement:.2%}"
-        return f"The model and {runtime} on {self.inputs}: largest difference {self.largest_difference:.2g}{agreement}."
+        difference = "" if self.largest_difference is None else f": largest difference {self.largest_difference:.2g}"
+        return " ".join([f"The model and {runtime} on {self.inputs}{difference}{agreement}.", *self.undecided])
 
     def _takes(self) -> str:
         """Shapes, in words."""

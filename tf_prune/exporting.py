@@ -16,7 +16,8 @@ from tf_prune.batches import Batches
 from tf_prune.candidates import Candidates, Source, Wanted, candidates, sizes_at
 from tf_prune.conversion import DTYPES, ENCODINGS
 from tf_prune.export_report import ExportReport, draw_sizes
-from tf_prune.parity import TOLERANCES, ExportError, Parity, check_installed, compare
+from tf_prune.litert import check_installed
+from tf_prune.parity import TOLERANCES, ExportError, Parity, compare, rows
 from tf_prune.placing import replacing
 from tf_prune.prunable import check_model
 from tf_prune.saved_model import SERVED, call_signature, signatures_of
@@ -51,7 +52,8 @@ def export(
     The SavedModel holds the plain model, each variable once: no mask, no optimizer, pruned weights exactly zero. Every
     size that the model leaves open is open in it. The TF-Lite file is made of the same twice, with plain and with
     sparse tensors, and the smaller one is kept. Both are run, and their outputs are compared with the model's, at other
-    sizes too where sizes are open; zeros are counted, and each target's verdict on them is in the report
+    sizes too where sizes are open; what the data do not tell, since the outputs hardly vary over them, is a warning and
+    in the report. Zeros are counted, and each target's verdict on them is in the report
     (`tf_prune.explain`). The model itself is not changed. One that computes in float16 or bfloat16 is served and
     compared in float32.
 
@@ -76,9 +78,9 @@ def export(
         signature: Which of a SavedModel's signatures is exported.
         sweep: Sparsities to measure size and latency at, too, for the report's plot: the kernels' smallest weights
             are zeroed for it, in the pattern they have, and come back afterwards. A Keras model only.
-        tolerance: Largest difference of any output, relative to the largest output if that is above 1. `None` is 1e-4
-            for float32, 1e-2 for float16 and 0.5 for both int8, which bounds nonsense and not rounding: look at the
-            report's agreement.
+        tolerance: Root mean square of an output's differences, of each channel by itself, relative to the standard
+            deviation of the model's own outputs over the examples; a constant file has 1. `None` is 1e-3 for float32,
+            0.05 for float16, 0.3 for dynamic-range int8 and 0.5 for int8.
         flex: Lets operators of TensorFlow stand in the file where TF-Lite has none. It is not compared, and the report
             says so, where the installed runtime has no Flex delegate.
 
@@ -87,7 +89,7 @@ def export(
 
     Raises:
         ConversionError: If TF-Lite cannot express the model; names the operators.
-        ExportError: If outputs differ by more than `tolerance`.
+        ExportError: If outputs differ by more than `tolerance`, or predictions do that rounding cannot turn.
         ImportError: If `ai-edge-litert` is missing.
         ValueError: If a pruned weight is not zero, a weight is not finite, the inputs' shape is unknown or not that of
             the data, a layer is stateful, or `"int8"` has no data. Nothing is written then, as after all other errors.
@@ -121,7 +123,7 @@ def export(
         report.save(work / "report.json")
         drawn = draw_sizes(work / "report.png", report) if report.points else False
         (work / "report.md").write_text(report.to_markdown("report.png" if drawn else None))
-    for note in report.notes:
+    for note in (*report.notes, *report.undecided):
         warnings.warn(note, stacklevel=2)
     return report
 
@@ -142,7 +144,7 @@ def _report(
     parity = served if made is None else made.parity
     points: tuple[Any, ...] = ()
     if made is not None:
-        one = {name: array[:1] for name, array in next(source.inputs(list(made.shapes))).items()}
+        one = rows(next(source.inputs(list(made.shapes))), 0, 1)
         points = sizes_at(source, wanted, made, sweep, one)
     return ExportReport(
         directory=str(directory),
@@ -154,6 +156,7 @@ def _report(
         shapes=tuple(source.shapes if made is None else made.shapes),
         largest_difference=parity.largest_difference,
         agreement=parity.agreement,
+        undecided=parity.undecided,
         machine=platform.machine(),
         refused={} if made is None else made.refused,
         points=points,
@@ -189,11 +192,15 @@ def _compared_as_served(source: Source, folder: Path, wanted: Wanted, whole: boo
             compare(source.outputs, serve, [inputs], allowed)
         except ExportError as error:
             sizes = ", ".join(str(array.shape) for array in inputs.values())
+            why = str(error).replace("TF-Lite model", "SavedModel")
             raise ExportError(
                 f"On inputs of shape {sizes} the model computes otherwise in a graph than by itself, as in "
-                f"model.predict: {error} Build it with keras.Input(shape) of fixed sizes, or mend the layer that does."
+                f"model.predict: {why} Build it with keras.Input(shape) of fixed sizes, or mend the layer that does."
             ) from error
-    return compare(source.outputs, serve, source.inputs() if whole else [next(source.inputs())], allowed)
+    try:
+        return compare(source.outputs, serve, source.inputs() if whole else [next(source.inputs())], allowed)
+    except ExportError as error:
+        raise ExportError(str(error).replace("TF-Lite model", "SavedModel")) from error
 
 
 def _check_options(model: Any, wanted: Wanted, input_shape: Any, tflite: bool, sweep: Sequence[float]) -> None:
