@@ -123,8 +123,9 @@ def export(
         report.save(work / "report.json")
         drawn = draw_sizes(work / "report.png", report) if report.points else False
         (work / "report.md").write_text(report.to_markdown("report.png" if drawn else None))
-    for note in (*report.notes, *report.undecided):
-        warnings.warn(note, stacklevel=2)
+        # Before the files are put in their place: for who makes errors of warnings there is no export.
+        for note in (*report.notes, *report.undecided):
+            warnings.warn(note, stacklevel=2)
     return report
 
 
