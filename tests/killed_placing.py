@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("placing", sys.argv[1])
+FILE = sys.argv[1] if __name__ == "__main__" else Path(__file__).parent.parent / "tf_prune" / "placing.py"
+spec = importlib.util.spec_from_file_location("placing", FILE)
 placing = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(placing)
 

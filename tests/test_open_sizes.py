@@ -162,6 +162,8 @@ def test_the_saved_model_is_open_where_the_tf_lite_file_is_fixed(tmp_path):
         ({"batch_size": 2}, (2, -1, -1, 3)),
     ):
         report = tf_prune.export(model, tmp_path, x, **options)
+        (micro,) = [found for found in report.explanations if found.target == "microcontroller"]
+        assert ("sizes" in [obstacle.kind for obstacle in micro.obstacles]) == (shape[1] == -1)
         (details,) = Interpreter(str(tmp_path / "model.tflite")).get_input_details()
         assert tuple(details["shape_signature"]) == shape
         assert report.shapes == (tuple(None if n == -1 else n for n in shape),)

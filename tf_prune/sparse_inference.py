@@ -48,7 +48,7 @@ class Obstacle:
     """One thing that keeps sparse kernels from running.
 
     Attributes:
-        kind: `"operator"`, `"sparsity"`, `"dtype"`, `"encoding"`, `"blocks"` or `"target"`; `"correctness"` where
+        kind: `"operator"`, `"sparsity"`, `"dtype"`, `"encoding"`, `"blocks"` `"sizes"` or `"target"`; `"correctness"` where
             sparse kernels would run and compute wrong outputs.
         where: The layer, or the operator's name in the file.
         operator: As TF-Lite calls it; empty if it is about the whole model.
@@ -269,7 +269,7 @@ def explain_graphs(graphs: tuple[Graph, ...], target: str, layers: Mapping[str, 
             for f in chain.findings
         ]
     elif target == "microcontroller":
-        obstacles += _on_a_microcontroller(kernels, encoded)
+        obstacles += _on_a_microcontroller(kernels, encoded, graphs[0])
     elif any(kernel.operator != "FULLY_CONNECTED" for kernel in kernels):
         obstacles.append(
             Obstacle(
@@ -416,7 +416,7 @@ def _why_dense(kernel: Kernel, required: bool) -> tuple[str, str, str] | None:
     return "sparsity", reason, f"prune it with structure='1x{block}'; at 90 % it pays"
 
 
-def _on_a_microcontroller(kernels: tuple[Kernel, ...], encoded: bool) -> list[Obstacle]:
+def _on_a_microcontroller(kernels: tuple[Kernel, ...], encoded: bool, graph: Graph) -> list[Obstacle]:
     reason = "TensorFlow Lite for Microcontrollers has no sparse kernels"
     fix = "make the network narrower; zeros, whole channels of them too, only make a compressed firmware image smaller"
     obstacles = [Obstacle("target", "all kernels", "", reason, fix)]
@@ -426,6 +426,11 @@ def _on_a_microcontroller(kernels: tuple[Kernel, ...], encoded: bool) -> list[Ob
     for dtype in sorted({kernel.dtype for kernel in kernels} - {"float32", "int8"}):
         reason = f"it cannot read kernels in {dtype}"
         obstacles.append(Obstacle("dtype", "the model", "", reason, "export with dtype='int8' and data"))
+    if any(axis for tensor in graph.inputs for axis in graph.tensors[tensor].open_axes):
+        reason = "it takes 1 for each size that the file leaves open"
+        obstacles.append(
+            Obstacle("sizes", "the model's inputs", "", reason, "export with input_shape= or dtype='int8'")
+        )
     return obstacles
 
 

@@ -44,7 +44,7 @@ class _Operator(enum.IntEnum):
 
 
 class _Tensor(enum.IntEnum):
-    SHAPE, TYPE, BUFFER, NAME, SPARSITY = 0, 1, 2, 3, 6
+    SHAPE, TYPE, BUFFER, NAME, SPARSITY, SIGNATURE = 0, 1, 2, 3, 6, 7
 
 
 class _Buffer(enum.IntEnum):
@@ -191,6 +191,7 @@ def _tensor(table: FlatTable, buffers: list[np.ndarray | None], types: dict[int,
         raise ValueError(f"the tensor {name!r} is of the unknown type {kind}")
     if len(shape) > _MOST_AXES or min(shape, default=0) < 0 or math.prod(shape) >> 60:
         raise ValueError(f"the tensor {name!r} has the shape {list(shape[:_MOST_AXES])}")
+    open_axes = tuple(axis for axis, size in enumerate(_numbers(table, _Tensor.SIGNATURE)) if size < 0)
     # Where a file has no buffers, no tensor has one.
     if buffer and buffer >= len(buffers):
         raise ValueError(f"the tensor {name!r} has its numbers in buffer {buffer:,} of {len(buffers):,}")
@@ -198,7 +199,7 @@ def _tensor(table: FlatTable, buffers: list[np.ndarray | None], types: dict[int,
     data, dtype = buffers[buffer] if buffer else None, _DTYPES.get(kind, "other")
     bits = _BITS.get(types[kind]) if dtype == "other" else 8 * np.dtype(dtype).itemsize
     if data is None or bits is None:
-        return Tensor(name, shape, dtype, None, None, None)
+        return Tensor(name, shape, dtype, None, None, None, open_axes)
     try:
         parameters = table.table(_Tensor.SPARSITY)
         sparse = None if parameters is None else SparseEncoding.read(parameters, shape)
@@ -209,6 +210,6 @@ def _tensor(table: FlatTable, buffers: list[np.ndarray | None], types: dict[int,
         raise ValueError(f"the tensor {name!r}: {error}") from None
     # An empty buffer, too, stands for none.
     if dtype == "other" or data.size != needed:
-        return Tensor(name, shape, dtype, None, None, None)
+        return Tensor(name, shape, dtype, None, None, None, open_axes)
     encoding = "dense" if sparse is None else "x".join(map(str, sparse.blocks)) or "random"
-    return Tensor(name, shape, dtype, encoding, data, sparse)
+    return Tensor(name, shape, dtype, encoding, data, sparse, open_axes)

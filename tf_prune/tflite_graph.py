@@ -37,6 +37,7 @@ class Tensor:
         shape: With 1 for a dimension that is not fixed.
         dtype: A NumPy name, or `"other"`.
         encoding: Of a constant `"dense"`, `"random"` (single weights) or blocks such as `"1x4"`; `None` of the rest.
+        open_axes: Which dimensions are not fixed.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Tensor:
     encoding: str | None
     _data: np.ndarray | None = dataclasses.field(repr=False, compare=False)
     _sparse: SparseEncoding | None = dataclasses.field(repr=False, compare=False)
+    open_axes: tuple[int, ...] = ()
 
     @functools.cached_property
     def values(self) -> np.ndarray:
