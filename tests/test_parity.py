@@ -223,6 +223,26 @@ def test_predictions_agree_wherever_the_margin_is_larger_than_rounding():
     assert compare(output[:, :1], output[:, :1]).agreement is None
 
 
+def test_agreement_and_difference_are_of_all_batches_and_outputs():
+    generator = np.random.default_rng(0)
+    wide, number = generator.standard_normal((60, 5)), generator.standard_normal((60, 1))
+    noise = 0.05 * generator.standard_normal((60, 5))
+    expected = {"wide": wide, "number": number, "fine": 7 * wide}
+    got = {"wide": wide + noise, "number": number + 0.01, "fine": 7 * wide}
+    batches = [{"x": np.arange(60)[i : i + 25]} for i in (0, 25, 50)]
+
+    def of(outputs):
+        return lambda inputs: {name: array[inputs["x"]] for name, array in outputs.items()}
+
+    result = parity.compare(of(expected), of(got), batches, parity.TOLERANCES["dynamic_int8"])
+    same = (wide.argmax(1) == (wide + noise).argmax(1)).sum()
+    assert 50 <= same < 60
+    # The single number predicts no class; both others count.
+    assert result.agreement == (same + 60) / 120
+    assert result.largest_difference == pytest.approx(np.abs(noise).max())
+    assert result.count == 60
+
+
 def test_one_wrong_example_among_many_is_seen_in_float32():
     output = np.concatenate([HEADS["logits"](seed) for seed in range(40)])
     wrong = output.copy()

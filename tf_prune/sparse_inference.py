@@ -48,8 +48,8 @@ class Obstacle:
     """One thing that keeps sparse kernels from running.
 
     Attributes:
-        kind: `"operator"`, `"sparsity"`, `"dtype"`, `"encoding"`, `"blocks"` `"sizes"` or `"target"`; `"correctness"` where
-            sparse kernels would run and compute wrong outputs.
+        kind: `"operator"`, `"sparsity"`, `"dtype"`, `"encoding"`, `"blocks"`, `"sizes"` or `"target"`; `"correctness"`
+            where sparse kernels would run and compute wrong outputs.
         where: The layer, or the operator's name in the file.
         operator: As TF-Lite calls it; empty if it is about the whole model.
         reason: What is, and what it would have to be.
